@@ -1,0 +1,1 @@
+"""Shards -> samples -> views -> `Batch`."""

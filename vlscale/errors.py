@@ -1,0 +1,52 @@
+"""What can go wrong for a user, one class per exit code (see `EXIT_CODES` in the README).
+
+Raise these with one sentence: what was found, where, and what to write instead. The launchers print that
+sentence and end with `exit_code`; a traceback is for our own mistakes only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+DONE = 0
+STOPPED = 75  # stopped on request after saving; the same command goes on (BSD's EX_TEMPFAIL)
+
+
+class VlscaleError(Exception):
+    """A mistake that the user can mend; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(VlscaleError):
+    """Wrong usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(VlscaleError):
+    """Data missing or unusable."""
+
+    exit_code = 3
+
+
+class TrainingError(VlscaleError):
+    """Training stopped by its own rules: non-finite budget spent, ranks disagree, a hang."""
+
+    exit_code = 4
+
+
+class CheckpointError(VlscaleError):
+    """No usable checkpoint."""
+
+    exit_code = 5
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: `; did you mean 'x'?`, or the list of what exists."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there is {', '.join(choices)}" if choices else ""

@@ -1,0 +1,1 @@
+"""Layers shared by the families and the objectives. Imports torch and nothing of ours."""

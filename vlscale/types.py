@@ -1,0 +1,114 @@
+"""The plain data that flows through the house.
+
+Shape legend, used in every file: B samples of a micro-batch, L text tokens, R regions or patches,
+T frames, D hidden width, E width of the shared embedding, V vocabulary, C channels, H x W pixels.
+
+What crosses a module call is a tensor, tuple, NamedTuple, list or dict, because ZeRO-3 attaches its hooks
+only inside those; only the input `Batch` is a dataclass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that no loss counts
+
+
+class Text(NamedTuple):
+    """One view of the captions. `labels` decides what counts: `IGNORE` wherever nothing is predicted."""
+
+    ids: Tensor  # [B, L] int64
+    mask: Tensor  # [B, L] bool, True = token, False = padding
+    labels: Tensor | None = None  # [B, L] int64
+    segments: Tensor | None = None  # [B, L] int64
+
+
+class Visual(NamedTuple):
+    """One view of the pictures, regions or frames; what a family does not use is None."""
+
+    feats: Tensor  # uint8 pixels [B, 3, H, W] (floating = already normalised), regions [B, R, F], frames [B, T, ...]
+    mask: Tensor | None = None  # [B, R] bool, True = real; None = all real
+    boxes: Tensor | None = None  # [B, R, 4..7]
+    picked: Tensor | None = None  # [B, R] bool, hidden positions that an objective restores
+    targets: Tensor | None = None  # [B, R, F]
+    classes: Tensor | None = None  # [B, R] int64
+    codes: Tensor | None = None  # [B, R] int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. Views are keyed `clean`, `masked`, `augmented`."""
+
+    text: dict[str, Text]
+    visual: dict[str, Visual]
+    pair_id: Tensor  # [B] int64, equal for samples of the same picture
+    keys: tuple[str, ...] = ()  # sample keys, in order
+    task: str = "all"
+    matched: Tensor | None = None  # [B] bool, None = every pair matches
+    tags_swapped: Tensor | None = None  # [B] bool
+
+    def __len__(self) -> int:
+        return self.pair_id.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device` (asynchronously from pinned memory)."""
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            text={view: Text(*map(move, fields)) for view, fields in self.text.items()},
+            visual={view: Visual(*map(move, fields)) for view, fields in self.visual.items()},
+            pair_id=move(self.pair_id),
+            matched=move(self.matched),
+            tags_swapped=move(self.tags_swapped),
+        )
+
+
+class Stream(NamedTuple):
+    """One encoded modality."""
+
+    hidden: Tensor  # [B, L or R, D]
+    mask: Tensor | None  # [B, L or R] bool; None = all real
+    embed: Tensor | None = None  # [B, E] fp32, unit length; only from families that offer `embed`
+    codes: Tensor | None = None  # [B, R] int64; only from families that offer `codes`
+
+
+class Fused(NamedTuple):
+    """Both modalities after they have met."""
+
+    text: Tensor | None  # [B, L, D]
+    visual: Tensor | None  # [B, R, D]
+    pooled: Tensor | None  # [B, D], the pair as one vector
+
+
+class Loss(NamedTuple):
+    """What an objective returns: its mean over `Objective.count(batch)` terms, and figures to log."""
+
+    value: Tensor  # [] fp32
+    metrics: dict[str, Tensor]  # name -> detached scalar, averaged over micro-batches and ranks
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The widths that objectives build their heads from."""
+
+    text: int
+    visual: int
+    fused: int
+    embed: int = 0
+    vocab: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a family wants to be fed, told to the data plane."""
+
+    image_size: int  # pixels of the square picture; 0 = no pixels
+    text_length: int  # longest text in tokens, special tokens counted
+    separator: bool  # whether a text ends in [SEP]
