@@ -1,0 +1,358 @@
+"""Recipe YAML, then dotted overrides, then strict frozen dataclasses.
+
+A recipe says what is trained (`RunConfig`); `--ds_config` says how the work is spread (ds_config.py).
+The folder is the registry: `family.name` and the keys of `objectives` are module names, and each module's
+`Config` says which options it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from vlscale.errors import ConfigError, did_you_mean
+from vlscale.optim import OptimConfig
+
+HERE = Path(__file__).parent
+RECIPES = HERE / "recipes"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how many make a step."""
+
+    train: tuple[str, ...] | None = None  # globs of tar shards; "embedded" = the drawn scenes
+    val: tuple[str, ...] | None = None
+    batch: int = 64  # samples per optimizer step over all ranks
+    micro_batch: int | None = None  # samples per rank and forward pass; None = batch / ranks, no accumulation
+    workers: int | None = None  # loader processes per rank; None = by machine
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions become token ids."""
+
+    vocab: str | None = None  # vocab.txt or a folder with one; None = built from the training captions
+    vocab_size: int = 2000  # where it is built
+    max_words: int = 30  # words of a caption kept by the clean-up
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The objectives of one kind of step, and its share of the steps."""
+
+    objectives: tuple[str, ...]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    """The momentum twin: average <- coefficient * average + (1 - coefficient) * online, per optimizer step."""
+
+    coefficient: float = 0.995
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved; `every` counts optimizer steps, and the last step is always saved."""
+
+    every: int = 1000
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When the validation shards are evaluated; `every` 0 = only at the end."""
+
+    every: int = 1000
+    limit: int = 5000  # pictures at most
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 10
+    sample_keys: bool = False
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Local folders (or files) with published weights that the towers start from."""
+
+    text: str | None = None
+    vision: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `family` and the values of `objectives` are the `Config` of their own modules."""
+
+    recipe: str
+    family_name: str
+    family: Any
+    objectives: Mapping[str, Any]
+    steps: int
+    seed: int = 0
+    views: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    momentum: MomentumConfig = MomentumConfig()
+    init: InitConfig = InitConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    activation_checkpointing: str = "none"
+
+
+SECTIONS = {
+    "text": TextConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "momentum": MomentumConfig,
+    "init": InitConfig,
+    "checkpoint": CheckpointConfig,
+    "evaluation": EvaluationConfig,
+    "logging": LoggingConfig,
+}
+PLAIN = {"steps": int, "seed": int, "activation_checkpointing": str}
+KEYS = (*PLAIN, *SECTIONS, "family", "objectives", "views", "tasks")
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a recipe (name or file) and `key.path=value` overrides describe.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key, a value of the wrong type; the sentence names the key.
+    """
+    path = find_recipe(recipe)
+    tree = read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    name = tree.pop("recipe", path.stem)  # a dumped configuration remembers which recipe it was
+    return from_tree(name, tree)
+
+
+def from_tree(recipe: str, tree: Mapping[str, Any]) -> RunConfig:
+    """Check a plain tree of values and freeze it."""
+    for key in tree:
+        if key not in KEYS:
+            raise ConfigError(f"'{key}' is not a key of a recipe{did_you_mean(key, KEYS)}")
+    for key in ("family", "objectives", "steps"):
+        if key not in tree:
+            raise ConfigError(f"recipe '{recipe}' has no '{key}'; every recipe states it")
+    family_name, family = _family(tree["family"])
+    values: dict[str, Any] = {key: _value(key, kind, tree[key]) for key, kind in PLAIN.items() if key in tree}
+    values |= {key: build(kind, tree[key], key) for key, kind in SECTIONS.items() if key in tree}
+    run = RunConfig(
+        recipe=recipe,
+        family_name=family_name,
+        family=family,
+        objectives=_objectives(tree["objectives"]),
+        views=_mapping(tree.get("views") or {}, "views"),
+        tasks=_tasks(tree.get("tasks") or {}),
+        **values,
+    )
+    _check(run)
+    return run
+
+
+def dump(run: RunConfig) -> dict[str, Any]:
+    """The plain tree that `from_tree` reads back to an equal run."""
+    tree: dict[str, Any] = {"recipe": run.recipe, "family": {"name": run.family_name, **_plain(run.family)}}
+    tree["objectives"] = {name: _plain(config) for name, config in run.objectives.items()}
+    for key in ("views", "tasks", *SECTIONS, *PLAIN):
+        tree[key] = _plain(getattr(run, key))
+    return tree
+
+
+def pick(folder: str, name: str) -> types.ModuleType:
+    """The module `vlscale/<folder>/<name>.py`; the folder is the registry.
+
+    Raises:
+        ConfigError: there is no such file; names the nearest.
+    """
+    known = [path.stem for path in (HERE / folder).glob("*.py") if path.stem not in ("__init__", "base")]
+    if name not in known:
+        kind = {"families": "family", "objectives": "objective"}.get(folder, folder)
+        raise ConfigError(f"no {kind} '{name}'{did_you_mean(str(name), known)}")
+    return importlib.import_module(f"vlscale.{folder}.{name}")
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two plain trees."""
+    out = []
+    for key in sorted(set(old) | set(new), key=str):
+        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            out.extend(differing_keys(a, b, f"{path}."))
+        elif a != b:
+            out.append(path)
+    return out
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by name or path."""
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        path = Path(recipe)
+        if not path.is_file():
+            raise ConfigError(f"--recipe {recipe}: no such file; give a file, or one of {_recipe_names()}")
+        return path
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = [each.stem for each in RECIPES.glob("*.yaml")]
+        raise ConfigError(f"no recipe '{recipe}'{did_you_mean(recipe, known)}")
+    return path
+
+
+def _recipe_names() -> str:
+    return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} should hold 'key: value' lines (got {type(tree).__name__})")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` (value parsed as YAML) in a tree, in place."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"'{override}' is not an override; write key.path=value, e.g. data.batch=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    keys = _split(path, tree)
+    node = tree
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{'.'.join(keys[: depth + 1])} is a value, so {path} cannot be set")
+        node = child
+    node[keys[-1]] = value
+
+
+def _split(path: str, tree: Mapping[str, Any]) -> list[str]:
+    keys = path.split(".")
+    if keys[0] == "views" and len(keys) > 2:  # the key of a view holds a dot itself: text.masked
+        keys = [keys[0], ".".join(keys[1:3]), *keys[3:]]
+    return keys
+
+
+# --- checking ----------------------------------------------------------------------------------------------
+
+
+def build(kind: type, tree: Any, where: str) -> Any:
+    """A frozen dataclass from plain values; unknown keys and wrong types name their dotted path."""
+    tree = _mapping(tree, where)
+    hints = typing.get_type_hints(kind)
+    names = [each.name for each in fields(kind)]
+    values = {}
+    for key, value in tree.items():
+        if key not in names:
+            raise ConfigError(f"{where}.{key} is not an option{did_you_mean(str(key), names)}")
+        values[key] = _value(f"{where}.{key}", hints[key], value)
+    for each in fields(kind):
+        if each.name not in values and each.default is dataclasses.MISSING:
+            if each.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{where}.{each.name} is missing; write {where}.{each.name}=...")
+    return kind(**values)
+
+
+def _value(where: str, hint: Any, value: Any) -> Any:
+    nested = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and is_dataclass(part)]
+    if nested and isinstance(value, Mapping):
+        return build(nested[0], value, where)
+    if _takes_strings(hint) and isinstance(value, str):
+        value = (value,)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{where}: {message.replace('input ', '')} (got {value!r})") from None
+
+
+def _takes_strings(hint: Any) -> bool:
+    return any(part == tuple[str, ...] for part in (hint, *typing.get_args(hint)))
+
+
+def _mapping(tree: Any, where: str) -> dict[str, Any]:
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where} should hold 'key: value' pairs (got {tree!r})")
+    return dict(tree)
+
+
+def _family(tree: Any) -> tuple[str, Any]:
+    tree = _mapping(tree, "family")
+    if "name" not in tree:
+        raise ConfigError("family.name is missing; write e.g. family.name=albef")
+    name = tree.pop("name")
+    return name, build(pick("families", name).Config, tree, "family")
+
+
+def _objectives(tree: Any) -> dict[str, Any]:
+    tree = _mapping(tree, "objectives")
+    if not tree:
+        raise ConfigError("objectives is empty; name at least one, e.g. objectives: {mlm: {}}")
+    return {name: build(pick("objectives", name).Config, value, f"objectives.{name}") for name, value in tree.items()}
+
+
+def _tasks(tree: Any) -> dict[str, TaskConfig]:
+    return {name: build(TaskConfig, value, f"tasks.{name}") for name, value in _mapping(tree, "tasks").items()}
+
+
+def _check(run: RunConfig) -> None:
+    at_least = {
+        "steps": run.steps,
+        "data.batch": run.data.batch,
+        "data.micro_batch": 1 if run.data.micro_batch is None else run.data.micro_batch,
+        "checkpoint.every": run.checkpoint.every,
+        "checkpoint.keep": run.checkpoint.keep,
+        "logging.every": run.logging.every,
+    }
+    for key, value in at_least.items():
+        if value < 1:
+            raise ConfigError(f"{key} should be at least 1 (got {value})")
+    for name, task in run.tasks.items():
+        for objective in task.objectives:
+            if objective not in run.objectives:
+                known = did_you_mean(objective, run.objectives)
+                raise ConfigError(f"tasks.{name}.objectives: '{objective}' is not under objectives{known}")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
