@@ -1,0 +1,117 @@
+"""Captions to token ids: ALBEF's clean-up, WordPiece vocabularies, and BERT's uncased tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlscale.errors import ConfigError, did_you_mean
+from vlscale.types import Inputs
+
+Ids = NDArray[np.int64]  # [L] token ids
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_CLEAN_UP = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+
+
+def clean_caption(text: str, max_words: int) -> str:
+    """ALBEF's clean-up (`pre_caption` in its dataset/utils.py): lower case, no punctuation, first words.
+
+    `max_words` = 0 keeps every word. The result is empty if nothing but punctuation was there.
+    """
+    words = text.lower().translate(_CLEAN_UP).replace("<person>", "person").split()
+    return " ".join(words[:max_words] if max_words else words)
+
+
+def build_vocabulary(captions: Iterable[str], size: int) -> list[str]:
+    """A lower-case WordPiece vocabulary of at most `size` entries, special tokens first ([PAD] is 0).
+
+    The same captions in any order give the same vocabulary: pieces are learned from the sorted captions.
+    ConfigError if `size` cannot hold the special tokens.
+    """
+    if size <= len(SPECIAL_TOKENS):
+        raise ConfigError(f"a vocabulary of {size} holds no words; write a size above {len(SPECIAL_TOKENS)}")
+    from tokenizers import Tokenizer as Pipeline
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pipeline = Pipeline(models.WordPiece(unk_token="[UNK]"))
+    pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = list(SPECIAL_TOKENS)
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    pipeline.train_from_iterator(sorted(captions), trainer)
+    ids: dict[str, int] = pipeline.get_vocab()
+    return sorted(ids, key=lambda token: ids[token])
+
+
+def write_vocabulary(tokens: Iterable[str], path: Path) -> None:
+    """Write `vocab.txt`, one token per line, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+class Tokenizer:
+    """BERT's uncased WordPiece (transformers' BertTokenizer); [SEP] only where the family wants it."""
+
+    def __init__(self, vocab: str | Path, inputs: Inputs) -> None:
+        """`vocab` is a vocab.txt or the folder that holds one; `inputs` tells the length and the separator.
+
+        ConfigError if there is no such file or if it lacks a special token.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every forked worker
+        from transformers import BertTokenizer  # a second to import: not before it is needed
+
+        tokens = _read_vocabulary(_find_vocabulary(Path(vocab).expanduser()))
+        self._tokenizer: Any = BertTokenizer(vocab=tokens).backend_tokenizer
+        self.length = inputs.text_length
+        self.separator = inputs.separator
+        self.vocab_size = len(tokens)
+        self.pad, self.unk, self.cls, self.sep, self.mask = (tokens[name] for name in SPECIAL_TOKENS)
+
+    def encode(self, caption: str) -> Ids:
+        """int64 [L <= length]: [CLS], as many tokens as fit, and [SEP] where the family wants it."""
+        room = self.length - 1 - self.separator
+        ids = self._tokenizer.encode(caption, add_special_tokens=False).ids[:room]
+        return np.array([self.cls, *ids, *([self.sep] if self.separator else [])], dtype=np.int64)
+
+    def token(self, i: int) -> str:
+        """The token of id `i`."""
+        return str(self._tokenizer.id_to_token(i))
+
+
+def _find_vocabulary(path: Path) -> Path:
+    file = path / "vocab.txt" if path.is_dir() else path
+    if file.is_file():
+        return file
+    folder = file.parent
+    there = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = did_you_mean(file.name, there)
+    raise ConfigError(
+        f"no vocabulary at '{file}'; write the path of a vocab.txt, or of the folder that holds it"
+        + (near if near.startswith("; did") else "")
+    )
+
+
+def _read_vocabulary(file: Path) -> dict[str, int]:
+    """{token: id}, the id being the line. ConfigError if it is no vocabulary of a BERT."""
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        reason = f"vocabulary {file} is not UTF-8 text; write the path of a BERT vocab.txt"
+        raise ConfigError(reason) from error
+    tokens = {token: i for i, token in enumerate(lines)}
+    missing = [name for name in SPECIAL_TOKENS if name not in tokens]
+    if missing:
+        raise ConfigError(f"vocabulary {file} lacks {', '.join(missing)}; write the path of a BERT vocab.txt")
+    if len(tokens) != len(lines):
+        twice = next(token for i, token in enumerate(lines) if tokens[token] != i)
+        raise ConfigError(f"vocabulary {file} holds '{twice}' twice; every line is one token of its own")
+    return tokens
