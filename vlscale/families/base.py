@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vlscale.nn.temperature import Temperature
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
+
+
+class Rename(NamedTuple):
+    """Where a published tensor goes. `vlscale.weights` applies it."""
+
+    source: str  # regular expression for the whole published name
+    targets: tuple[str, ...] = ()  # ours (`\1` = group 1), where present; () = knowingly unused
+    change: Callable[[Tensor, torch.Size], Tensor] | None = None  # (tensor, our shape) -> tensor of our shape
+    part: tuple[int, int] = (0, 1)  # (i, n): fills the i-th of n equal parts of our first axis
+    optional: bool = False  # the model may lack every target (a twin, an objective's head)
+
+
+class Renames(NamedTuple):
+    """A table of renames; the first whose source matches counts."""
+
+    rows: tuple[Rename, ...] = ()
+    fills: str = ".*"  # regular expression: parameters of ours that the published file must fill
 
 
 class Family(nn.Module):
@@ -16,13 +36,21 @@ class Family(nn.Module):
     module when that module is called. No parameter is zero-dimensional.
 
     A family's file also holds `Config` (frozen dataclass), `build(config) -> Family`, `tiny() -> Config`
-    (its miniature) and `PUBLISHED` (renames from the authors' checkpoint names).
+    (its miniature) and `PUBLISHED` (renames from the authors' checkpoint names to `PretrainModel`'s).
     """
 
     offers: ClassVar[frozenset[str]] = frozenset()  # of: text, visual, fuse, embed, decode, codes
+    published: ClassVar[Renames] = Renames()  # the authors' checkpoints
+    init_text: ClassVar[Renames] = Renames()  # the text tower's usual start, e.g. bert-base-uncased
+    init_vision: ClassVar[Renames] = Renames()  # the image tower's usual start, e.g. DeiT
     dims: Dims
     inputs: Inputs
-    word_embedding: nn.Embedding
+    temperature: Temperature  # of families that offer `embed`; call it for [1] fp32
+
+    @property
+    def word_embedding(self) -> nn.Embedding:
+        """The table [V, D] that word heads are tied to."""
+        raise NotImplementedError
 
     def encode_text(self, text: Text) -> Stream:
         """Text alone, up to where the modalities first meet. hidden [B, L, D], embed [B, E] if offered."""

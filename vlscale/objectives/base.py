@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from vlscale.nn.temperature import Temperature
 from vlscale.types import Batch, Dims, Fused, Inputs, Loss, Stream
 
 
@@ -14,7 +15,12 @@ class FamilyLike(Protocol):
 
     dims: Dims
     inputs: Inputs
-    word_embedding: nn.Embedding
+    temperature: Temperature
+
+    @property
+    def word_embedding(self) -> nn.Embedding:
+        """The table [V, D] that word heads are tied to."""
+        ...
 
     def fuse(self, text: Stream | None, visual: Stream | None, causal: bool = False) -> Fused:
         """See `families.base.Family.fuse`."""
@@ -82,10 +88,15 @@ class Objective(nn.Module):
         return []
 
     def passes(self) -> dict[str, float]:
-        """Calls of each family verb that the objective adds beyond the shared passes (FLOPs accounting).
+        """Passes through the family that this objective asks for, in micro-batches (FLOPs accounting).
 
-        Keys are `verb` of the online network and `momentum.verb` of the twin; values are in passes over the
-        micro-batch. Shared passes are named `encode_text:masked`, `encode_visual:clean`,
-        `fuse:masked:clean` and counted once however many objectives ask; extra ones have no colon.
+        `verb:view` (`encode_text:masked`, `encode_visual:clean`, `fuse:masked:clean`) is shared and counted
+        once however many objectives ask; a bare `verb` is this objective's own and adds up. The twin's passes
+        have `momentum.` in front.
         """
         return {}
+
+    def head_flops(self, batch: Batch) -> tuple[int, int]:
+        """Multiply-add FLOPs of one forward pass of the objective's own products on this micro-batch:
+        (with gradient, without). Reads `batch`, so hand it over before it moves to a device."""
+        return 0, 0

@@ -1,0 +1,111 @@
+"""Masked language modelling over fused states, soft labels by the momentum twin (ALBEF, equations 3, 7)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlscale.nn.bert import WordHead
+from vlscale.nn.momentum import softening
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.types import IGNORE, Batch, Loss
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options."""
+
+    weight: float = 1.0
+    text: str = "masked"  # view
+    visual: str = "clean"  # view
+    soften: float = 0.4  # share of the twin's distribution in the targets (configs/Pretrain.yaml: alpha)
+    soften_warmup: int = 0  # steps from 0 to that share; the authors take one epoch
+    scope: Literal["global", "rank"] = "global"  # one mean over the step's tokens, or one per rank (authors)
+    legacy_token_axis: bool = False  # distil over tokens, not words: the authors' code before March 2022
+
+
+class Mlm(Objective):
+    """Restore hidden words from the other words and the picture."""
+
+    needs = frozenset({"text", "visual", "fuse"})
+    head_twin: WordHead | None
+
+    def __init__(self, config: Config, family: FamilyLike) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = config.weight
+        self.momentum = config.soften > 0
+        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        self.head = WordHead(family.dims.fused, family.dims.vocab)
+        self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.momentum else None
+
+    def forward(self, enc: EncodingsLike, batch: Batch) -> Loss:
+        """(1 - share) * hard + share * soft cross-entropy, mean over labelled tokens, [] fp32; 0 if none."""
+        labels = batch.text[self.config.text].labels
+        assert labels is not None, "the masked view carries labels"
+        picked = labels != IGNORE
+        words, hidden = labels[picked], self._hidden(enc)  # [M], [B, L, D]
+        logits = self.head(hidden[picked], enc.family.word_embedding.weight).float()  # [M, V]
+        terms = max(len(words), 1)
+        hard = F.cross_entropy(logits, words, reduction="sum") / terms
+        metrics = {
+            "mlm/hard": hard.detach(),
+            "mlm/accuracy": (logits.detach().argmax(dim=1) == words).sum() / terms,
+        }
+        if self.head_twin is None:
+            return Loss(hard, metrics)
+        log_words = F.log_softmax(logits, dim=1)
+        if self.config.legacy_token_axis:
+            every = self.head(hidden, enc.family.word_embedding.weight).float()  # [B, L, V]
+            log_words = F.log_softmax(every, dim=1)[picked]
+        soft = -(log_words * self._soft_labels(enc, picked)).sum() / terms
+        metrics["mlm/soft"] = soft.detach()
+        share = softening(enc.step, self.config.soften, self.config.soften_warmup)
+        return Loss((1 - share) * hard + share * soft, metrics)
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """[] int64 labelled tokens; None with `scope: rank`."""
+        labels = batch.text[self.config.text].labels
+        assert labels is not None, "the masked view carries labels"
+        return (labels != IGNORE).sum() if self.config.scope == "global" else None
+
+    def twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The head and its momentum copy."""
+        return [(self.head, self.head_twin)] if self.head_twin is not None else []
+
+    def passes(self) -> dict[str, float]:
+        """Masked text, picture and their fusion, also by the twin if it gives soft labels."""
+        text, visual = self.config.text, self.config.visual
+        own = [f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"]
+        return dict.fromkeys(own + [f"momentum.{name}" for name in own if self.momentum], 1.0)
+
+    def head_flops(self, batch: Batch) -> tuple[int, int]:
+        """The head on labelled tokens, and the twin's."""
+        labels = batch.text[self.config.text].labels
+        assert labels is not None, "the masked view carries labels"
+        width = self.head.dense.in_features
+        each = 2 * width * (width + len(self.head.bias))
+        picked = int((labels != IGNORE).sum()) * each
+        return picked + (labels.numel() * each if self.config.legacy_token_axis else 0), (
+            picked if self.momentum else 0
+        )
+
+    def _hidden(self, enc: EncodingsLike) -> Tensor:
+        hidden = enc.fused(self.config.text, self.config.visual).text
+        assert hidden is not None, "a family that offers `fuse` fills Fused.text"
+        return hidden
+
+    @torch.no_grad()
+    def _soft_labels(self, enc: EncodingsLike, picked: Tensor) -> Tensor:
+        assert self.head_twin is not None
+        hidden = self._hidden(enc.momentum)[picked]  # first: its passes release the table under ZeRO-3
+        logits: Tensor = self.head_twin(hidden, enc.momentum.family.word_embedding.weight)
+        return logits.float().softmax(dim=1)
+
+
+build = Mlm
