@@ -42,7 +42,6 @@ class TextConfig:
     """How captions become token ids."""
 
     vocab: str | None = None  # vocab.txt or a folder with one; None = built from the training captions
-    vocab_size: int = 2000  # where it is built
     max_words: int = 30  # words of a caption kept by the clean-up
 
 
@@ -192,18 +191,6 @@ def pick(folder: str, name: str) -> types.ModuleType:
     return importlib.import_module(f"vlscale.{folder}.{name}")
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two plain trees."""
-    out = []
-    for key in sorted(set(old) | set(new), key=str):
-        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out.extend(differing_keys(a, b, f"{path}."))
-        elif a != b:
-            out.append(path)
-    return out
-
-
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -285,7 +272,9 @@ def build(kind: type, tree: Any, where: str) -> Any:
 
 
 def _value(where: str, hint: Any, value: Any) -> Any:
-    nested = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and is_dataclass(part)]
+    nested = [
+        part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and is_dataclass(part)
+    ]
     if nested and isinstance(value, Mapping):
         return build(nested[0], value, where)
     if _takes_strings(hint) and isinstance(value, str):
@@ -322,11 +311,16 @@ def _objectives(tree: Any) -> dict[str, Any]:
     tree = _mapping(tree, "objectives")
     if not tree:
         raise ConfigError("objectives is empty; name at least one, e.g. objectives: {mlm: {}}")
-    return {name: build(pick("objectives", name).Config, value, f"objectives.{name}") for name, value in tree.items()}
+    return {
+        name: build(pick("objectives", name).Config, value, f"objectives.{name}")
+        for name, value in tree.items()
+    }
 
 
 def _tasks(tree: Any) -> dict[str, TaskConfig]:
-    return {name: build(TaskConfig, value, f"tasks.{name}") for name, value in _mapping(tree, "tasks").items()}
+    return {
+        name: build(TaskConfig, value, f"tasks.{name}") for name, value in _mapping(tree, "tasks").items()
+    }
 
 
 def _check(run: RunConfig) -> None:

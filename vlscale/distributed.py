@@ -126,15 +126,6 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, packed.unbind(), strict=True))
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on at least one rank; every rank gets the same answer."""
-    if world_size() == 1:
-        return flag
-    message = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(message, op=dist.ReduceOp.MAX)
-    return bool(message.item() > 0)
-
-
 def same_on_all_ranks(name: str, digest: str) -> None:
     """Check that every rank holds the same text (a configuration, a task, a digest of tensors).
 
@@ -145,3 +136,26 @@ def same_on_all_ranks(name: str, digest: str) -> None:
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:
         raise TrainingError(f"{name} differs between rank 0 and rank(s) {odd}; start every rank the same way")
+
+
+class StopVote:
+    """Whether some rank wants to stop, agreed without making a GPU wait: the answer is one step old.
+
+    Every rank calls `agreed` once per step and gets the same answer. On a CPU the answer is of this step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pending: Tensor | None = None
+
+    def agreed(self, wish: bool) -> bool:
+        """Cast this rank's wish; True once any rank has wished to stop."""
+        if world_size() == 1:
+            return wish
+        message = torch.tensor([float(wish)], device=self._device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        if self._device.type == "cpu":
+            return bool(message.item() > 0)
+        answer = self._pending is not None and bool(self._pending.item() > 0)
+        self._pending = message
+        return answer

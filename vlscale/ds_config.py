@@ -38,7 +38,9 @@ def load(path: str) -> dict[str, Any]:
         raise ConfigError(f"--ds_config {path} should hold one JSON object")
     for key in tree:
         if key in ("optimizer", "scheduler"):
-            raise ConfigError(f"{path} sets '{key}'; the recipe decides that: move it to optim.* and delete it here")
+            raise ConfigError(
+                f"{path} sets '{key}'; the recipe decides that: move it to optim.* and delete it here"
+            )
         if key not in KEYS:
             raise ConfigError(f"{path}: '{key}' is not a DeepSpeed key{did_you_mean(key, KEYS)}")
     return tree
@@ -117,7 +119,9 @@ def for_device(tree: Mapping[str, Any], path: str, cuda: bool) -> dict[str, Any]
         return dict(tree)
     if precision(tree) == "fp16":
         instead = path.replace("_fp16", "")
-        raise ConfigError(f"{path} asks for fp16, which needs a GPU, and this machine shows none; use {instead} (bf16)")
+        raise ConfigError(
+            f"{path} asks for fp16, which needs a GPU, and this machine shows none; use {instead} (bf16)"
+        )
     zero = dict(tree.get("zero_optimization", {}))
     for part in ("offload_optimizer", "offload_param"):
         if part in zero:

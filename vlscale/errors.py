@@ -46,7 +46,7 @@ class CheckpointError(VlscaleError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error sentence: `; did you mean 'x'?`, or the list of what exists."""
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; there is {', '.join(choices)}" if choices else ""

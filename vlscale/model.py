@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from vlscale.types import Batch, Fused, Loss, Stream
 if TYPE_CHECKING:
     from vlscale.families.base import Family
     from vlscale.objectives.base import Objective
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,17 @@ class Encodings:
             lambda: self.family.fuse(self.text(text_view), self.visual(visual_view), causal),
         )
 
-    def _once(self, key: tuple[str, ...], make: Any) -> Any:
+    def _once(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]
+        kept: T = self._kept[key]
+        return kept
 
 
 class MomentumEncodings(Encodings):
     """Encodings of the twin: no pass of it records a gradient."""
 
-    def _once(self, key: tuple[str, ...], make: Any) -> Any:
+    def _once(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
         with torch.no_grad():
             return super()._once(key, make)
 

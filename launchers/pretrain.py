@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Pretrain a vision-language model: the main job.
+
+    deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json
+    deepspeed launchers/pretrain.py --ds_config ds_configs/zero3.json --recipe albef_4m \\
+        data.train='/data/coco-*.tar' data.val='/data/coco-val-*.tar' text.vocab=/models/bert-base-uncased
+
+Also started by `python`, `torchrun` or `srun python`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launchers also run from a bare checkout
+
+from vlscale import console  # noqa: E402
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; `key=value` words are overrides of the recipe."""
+    parser = console.parser(__doc__)
+    parser.add_argument("--recipe", default="quickstart", metavar="NAME|FILE", help="default: %(default)s")
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", metavar="FILE", help="DeepSpeed JSON")
+    parser.add_argument(
+        "--out", default=None, metavar="DIR", help="run folder; default runs/<recipe>-<date>-<time>"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|CHECKPOINT",
+        help="auto: go on where --out stopped; never: refuse a folder that holds a run; or a checkpoint to start from",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check everything, print the plan, do not train"
+    )
+    return console.parse(parser, argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run it; returns the exit code."""
+    arguments = parse(argv)
+    from vlscale import config
+
+    run = config.load(arguments.recipe, arguments.overrides)
+    from vlscale import build, plan, train
+
+    out = Path(arguments.out) if arguments.out is not None else None
+    request = build.Request(run, arguments.ds_config, out, arguments.resume)
+    if arguments.dry_run:
+        return plan.show(request)
+    return train.train(request)
+
+
+if __name__ == "__main__":
+    console.run(main, sys.argv[1:])

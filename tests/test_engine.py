@@ -1,0 +1,112 @@
+"""Every ZeRO stage makes the series that plain PyTorch makes, momentum twin, bounds and unused parameters included."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.spawn import run_ranks
+from vlscale import distributed, ds_config
+from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.families import albef
+from vlscale.model import PretrainModel, Task
+from vlscale.objectives import itc, itm, mlm
+from vlscale.optim import OptimConfig
+from vlscale.types import IGNORE, Batch, Text, Visual
+
+FILES = Path(__file__).parent.parent / "ds_configs"
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip=1.0)
+STEPS = ("all", "words", "words", "contrast", "words", "all")  # tasks that leave parameters unused
+
+
+def tiny_model() -> PretrainModel:
+    torch.manual_seed(0)
+    family = albef.build(replace(albef.tiny(), dropout=0.0))
+    objectives = {
+        "itc": itc.build(itc.Config(queue=12, soften=0.4), family),
+        "mlm": mlm.build(mlm.Config(soften=0.4), family),
+    }
+    tasks = {"all": Task(("itc", "mlm")), "words": Task(("mlm",)), "contrast": Task(("itc",))}
+    return PretrainModel(family, objectives, tasks)
+
+
+def batch_of(model: PretrainModel, step: int, rank: int, size: int = 4) -> Batch:
+    config = model.family.config  # type: ignore[attr-defined]
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    ids = torch.randint(5, config.vocab, (size, 6), generator=draw)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, 2] = ids[:, 2]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    pixels = torch.randint(0, 256, (size, 3, config.image_size, config.image_size), generator=draw)
+    return Batch(
+        text={"clean": Text(ids, mask), "masked": Text(ids, mask, labels)},
+        visual={"clean": Visual(pixels.to(torch.uint8))},
+        pair_id=torch.arange(size) + size * rank,
+        task=STEPS[step - 1],
+    )
+
+
+def series(engine: Any, ranks: list[int]) -> dict[str, list[float]]:
+    """Losses, norms and twin of six steps; `ranks` are the micro-batches that this process takes."""
+    out: dict[str, list[float]] = {"loss": [], "norm": [], "twin": []}
+    for step in range(1, len(STEPS) + 1):
+        losses = []
+        for number, rank in enumerate(ranks):
+            batch = batch_of(engine.model, step, rank).to(engine.device)
+            loss = engine.model.total(engine.forward(batch, step), {})
+            engine.backward(loss, last=number == len(ranks) - 1)
+            losses.append(loss.detach())
+            if len(ranks) == 1:
+                engine.model.commit(batch.task)
+        report = engine.step(1e-2)
+        engine.after_step(0.9)
+        total = distributed.sum_over_ranks({"loss": torch.stack(losses).mean()})["loss"]
+        out["loss"].append(float(total) / distributed.world_size())
+        out["norm"].append(report.grad_norm)
+    weights = dict(engine.weights())
+    out["twin"] = [float(w.float().norm()) for name, w in weights.items() if name.startswith("twin.")]
+    out["online"] = [float(w.float().norm()) for name, w in weights.items() if name.startswith("family.")]
+    return out
+
+
+def configuration(name: str, precision: str, accumulation: int = 1) -> dict[str, Any]:
+    path = str(FILES / f"{name}.json")
+    tree = ds_config.for_device(ds_config.load(path), path, cuda=False)
+    if precision == "fp32":
+        tree.pop("bf16", None)
+        tree.pop("data_types", None)
+    ranks = distributed.world_size()
+    return ds_config.merge(tree, path, ds_config.Decided("test", 4 * accumulation * ranks, 4, OPTIM.clip), ranks)
+
+
+def deepspeed_series(name: str, precision: str) -> dict[str, list[float]]:
+    engine = DeepSpeedEngine(tiny_model(), configuration(name, precision), OPTIM, torch.device("cpu"))
+    return series(engine, [distributed.rank()])
+
+
+def local_series(ranks: list[int]) -> dict[str, list[float]]:
+    return series(LocalEngine(tiny_model(), OPTIM, torch.device("cpu"), accumulation=len(ranks)), ranks)
+
+
+FP32 = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_every_stage_equals_plain_pytorch_in_fp32(name: str) -> None:
+    expected = local_series([0])
+    (found,) = run_ranks(deepspeed_series, 1, name, "fp32")
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_two_ranks_agree_across_stages_and_in_bf16(name: str) -> None:
+    first, second = run_ranks(deepspeed_series, 2, name, "bf16")
+    assert first == second
+    (reference, _) = run_ranks(deepspeed_series, 2, "zero0", "fp32")
+    assert first["loss"] == pytest.approx(reference["loss"], rel=2e-2)
+    assert first["twin"] == pytest.approx(reference["twin"], rel=2e-2)

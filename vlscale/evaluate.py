@@ -1,0 +1,73 @@
+"""A checkpoint, measured: builds the run's model from its own files and hands it to one evaluation task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from vlscale import build, checkpoint, config, run_folder
+from vlscale.data.loader import retrieval_batches
+from vlscale.data.shards import Shards
+from vlscale.data.text import Tokenizer
+from vlscale.errors import CheckpointError, ConfigError, did_you_mean
+from vlscale.evaluation import retrieval
+from vlscale.model import PretrainModel
+
+TASKS = ("retrieval",)
+
+
+def evaluate(
+    path: str, task: str, data: Sequence[str] | None, batch: int = 64, limit: int | None = None
+) -> dict[str, Any]:
+    """The figures of one task on shards (`data`; None = the run's own validation shards).
+
+    Raises:
+        ConfigError: no such task, or the model cannot do it.
+        CheckpointError: there is no usable checkpoint at `path`.
+        DataError: the shards are missing or unusable.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"no task '{task}'{did_you_mean(task, TASKS)}")
+    found = checkpoint.find(path)
+    folder = checkpoint.run_folder(found)
+    run = config.load(str(folder / run_folder.CONFIG))
+    shards = Shards(list(data)) if data else build.open_shards(run)[1]
+    tokenizer = Tokenizer(
+        run.text.vocab or str(folder / build.VOCAB),
+        length=run.family.inputs.text_length,
+        separator=run.family.inputs.separator,
+    )
+    model = load_model(found, run)
+    if "embed" not in model.family.offers:
+        raise ConfigError(f"family '{run.family_name}' gives no embeddings, so it cannot be asked for {task}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = retrieval_batches(
+        shards,
+        tokenizer,
+        run.family.inputs,
+        batch=batch,
+        rank=0,
+        world=1,
+        max_words=run.text.max_words,
+        limit=limit or run.evaluation.limit,
+    )
+    metrics: dict[str, Any] = dict(retrieval.evaluate(model.family.to(device), batches, device).metrics)
+    return {"step": found.step, **metrics}
+
+
+def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainModel:
+    """The run's model with a checkpoint's weights, in the precision they were trained in."""
+    weights = load_file(found.folder / checkpoint.WEIGHTS)
+    model = build.build_model(run)
+    trained = next(iter(weights.values())).dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(trained)
+    missing, surplus = model.load_state_dict(weights, strict=False)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(weights)
+    if surplus or set(missing) - tied:
+        odd = sorted(surplus) + sorted(set(missing) - tied)
+        raise CheckpointError(f"{found.folder} does not fit its own configuration: {', '.join(odd[:3])} ...")
+    return model

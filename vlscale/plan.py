@@ -1,0 +1,135 @@
+"""The plan of `--dry_run`: what a run will need, found by building it and passing two samples through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlscale import build, distributed, ds_config
+from vlscale.build import Request
+from vlscale.errors import DONE
+from vlscale.flops import peak_flops, step_flops
+from vlscale.model import PretrainModel
+from vlscale.types import Batch, Text, Visual
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+PROBE = 2  # samples whose activations are measured
+ASSUMED_MFU = 0.35  # share of the peak that the time is stated for
+
+
+def show(request: Request) -> int:
+    """Check the data, build the model on this rank, print the plan; nothing is trained or left behind."""
+    setting = build.setup(request, write=False)
+    run = request.run
+    tokenizer = build.open_tokenizer(run, setting)
+    model = build.build_model(run, tokenizer)
+    loader = build.build_loader(run, setting, model, tokenizer)
+    _, batches = next(iter(loader.steps(0, 1)))
+    batch = replace(batches[0], task=next(iter(model.tasks)))
+    world = distributed.world_size()
+    memory = memory_plan(model, setting.ds, world)
+    memory["activations of a micro-batch"] = activation_bytes(model, batch)
+    if distributed.rank() == 0:
+        flops = step_flops(model, batch)
+        passes = len(batches) * world
+        print(build.describe(run, setting, model, start=0))
+        print("\nparameters")
+        for name, count in parameter_counts(model).items():
+            print(f"  {name:32} {count:>16,}")
+        print(f"\nmemory per rank, ZeRO {ds_config.stage(setting.ds)} on {world} rank(s)")
+        for name, size in memory.items():
+            print(f"  {name:32} {size / 2**20:>12.1f} MiB")
+        print(f"  {'together':32} {sum(memory.values()) / 2**20:>12.1f} MiB")
+        tokens = sum(int(text.mask.sum()) for text in batch.text.values()) * passes
+        samples = len(setting.train)
+        print("\nwork")
+        print(f"  {'samples per step':32} {run.data.batch:>12,}")
+        print(f"  {'micro-batches per rank and step':32} {len(batches):>12,}")
+        print(f"  {'text tokens per step, all views':32} {tokens:>12,}")
+        print(f"  {'model TFLOPs per step':32} {flops.model * passes / 1e12:>12.3f}")
+        print(f"  {'steps':32} {run.steps:>12,}")
+        print(f"  {'epochs':32} {run.steps * run.data.batch / samples:>12.2f}")
+        print(f"  {'time':32} {_time(flops.model * len(batches) * run.steps, setting):>12}")
+    distributed.barrier()
+    return DONE
+
+
+def parameter_counts(model: PretrainModel) -> dict[str, int]:
+    """Parameters by part, twins apart."""
+    counts = {f"family.{name}": _count(child) for name, child in model.family.named_children()}
+    counts |= {f"objectives.{name}": _count(child) for name, child in model.asked()}
+    trainable = [each for each in model.parameters() if each.requires_grad]
+    counts["trainable, all"] = sum(each.numel() for each in trainable)
+    counts["momentum twin"] = sum(twin.numel() for _, twin in model.momentum_pairs())
+    return {name: count for name, count in counts.items() if count}
+
+
+def memory_plan(model: PretrainModel, ds: dict[str, Any], world: int) -> dict[str, int]:
+    """Bytes on one rank's device by part, from the ZeRO paper's accounting (arXiv 1910.02054, section 3).
+
+    AdamW keeps an fp32 master (beside 16-bit weights) and two fp32 moments; gradients are accumulated in fp32.
+    What is offloaded is left out.
+    """
+    stage, size = ds_config.stage(ds), BYTES[ds_config.precision(ds)]
+    zero = ds.get("zero_optimization", {})
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    whole = sum(each.numel() for each in model.parameters())
+    twin = sum(each.numel() for _, each in model.momentum_pairs())
+    masters = 12 if size == 2 else 8
+    return {
+        "weights": 0 if "offload_param" in zero else whole * size // (world if stage == 3 else 1),
+        "gradients": trainable * 4 // (world if stage >= 2 else 1),
+        "optimizer": 0 if "offload_optimizer" in zero else trainable * masters // (world if stage >= 1 else 1),
+        "momentum averages": 0 if size == 4 else twin * 4 // (world if stage == 3 else 1),
+        "queues and other buffers": sum(each.numel() * each.element_size() for each in model.buffers()),
+    }
+
+
+def activation_bytes(model: PretrainModel, batch: Batch) -> int:
+    """Bytes that autograd keeps for one micro-batch in fp32, measured on two samples and scaled up.
+
+    A 16-bit run keeps about half of it; activation checkpointing less.
+    """
+    few = _first(batch, PROBE)
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model(few, 1)
+        model.total(losses, {})
+    return sum(kept.values()) * len(batch) // len(few)
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    def cut(value: Any) -> Any:
+        return value[:count] if isinstance(value, Tensor) else value
+
+    return replace(
+        batch,
+        text={view: Text(*map(cut, fields)) for view, fields in batch.text.items()},
+        visual={view: Visual(*map(cut, fields)) for view, fields in batch.visual.items()},
+        pair_id=batch.pair_id[:count],
+        keys=batch.keys[:count],
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters() if each.requires_grad)
+
+
+def _time(flops_per_rank: float, setting: build.Setting) -> str:
+    if setting.device.type != "cuda":
+        return "unknown on a CPU; a few steps will tell"
+    peak = peak_flops(torch.cuda.get_device_name(setting.device), ds_config.precision(setting.ds))
+    if peak is None:
+        return "unknown for this GPU"
+    return f"{flops_per_rank / (peak * ASSUMED_MFU) / 3600:.1f} h at {ASSUMED_MFU:.0%} of the GPU's peak"

@@ -1,0 +1,133 @@
+"""What can go wrong with the data and the disk, looked for in seconds, before the model is built."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlscale.data.samples import BrokenSampleError, captions, picture, picture_field
+from vlscale.data.shards import Shards
+from vlscale.data.text import Tokenizer, clean_caption
+from vlscale.errors import ConfigError, DataError
+from vlscale.types import Inputs
+
+ALL_TEXTS = 50_000  # up to so many samples every text is read
+SOME_TEXTS = 1_000  # above, so many drawn ones and the first of each shard
+SHARDS_DECODED = 32  # at most so many shards must show a picture that decodes
+TRIES = 8  # pictures of such a shard
+MAX_UNKNOWN = 0.5  # share of [UNK] above which the vocabulary is not the captions'
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    samples: int
+    shards: int
+    seconds: float
+
+
+def check(
+    shards: Shards,
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    *,
+    batch: int,
+    max_words: int,
+    out: Path,
+    checkpoint_bytes: int,
+    keep: int,
+    seed: int = 0,
+) -> Report:
+    """Whether a run on these (indexed) shards can start, and save keep + 1 checkpoints of the given size to `out`.
+
+    Samples must number at least `batch`, pictures decode, captions hold words that the vocabulary knows.
+    DataError or ConfigError names the first thing that is wrong.
+    """
+    began = time.monotonic()
+    check_disk(out, (keep + 1) * checkpoint_bytes)
+    check_count(shards, batch)
+    looked_at = _looked_at(shards, seed)
+    if inputs.image_size:
+        check_pictures(shards, looked_at)
+    check_texts(shards, looked_at, tokenizer, max_words)
+    return Report(len(shards), len(shards.paths), time.monotonic() - began)
+
+
+def check_count(shards: Shards, batch: int) -> None:
+    """DataError for a shard without samples, or fewer samples than one step takes."""
+    for n, path in enumerate(shards.paths):
+        if shards.start(n) == shards.start(n + 1):
+            raise DataError(f"shard {path} holds no samples; leave it out or make it again")
+    if len(shards) < batch:
+        raise DataError(
+            f"data.train holds {len(shards)} samples but a step takes {batch}; "
+            f"name more shards or write data.batch={len(shards)} or less"
+        )
+
+
+def check_pictures(shards: Shards, looked_at: Iterable[int]) -> None:
+    """DataError for a sample without a picture, or a shard whose first pictures do not decode."""
+    for i in looked_at:
+        if picture_field(shards.fields(i)) is None:
+            picture(shards, i)  # raises the sentence that names it
+    chosen = np.unique(np.linspace(0, len(shards.paths) - 1, SHARDS_DECODED).astype(int))
+    for n in chosen.tolist():
+        _one_decodes(shards, range(shards.start(n), min(shards.start(n) + TRIES, shards.start(n + 1))))
+
+
+def _one_decodes(shards: Shards, tried: range) -> None:
+    """A broken picture is skipped in training; when all that were tried are broken, the shard is."""
+    for i in tried:
+        try:
+            picture(shards, i)
+            return
+        except BrokenSampleError as error:
+            last = error
+    raise DataError(f"none of the first {len(tried)} pictures of a shard can be decoded; the last: {last}")
+
+
+def check_texts(shards: Shards, looked_at: Iterable[int], tokenizer: Tokenizer, max_words: int) -> None:
+    """DataError for a caption that is missing or empty, ConfigError if the vocabulary knows too few words."""
+    known: list[np.ndarray] = []
+    for i in looked_at:
+        for caption in captions(shards, i):
+            cleaned = clean_caption(caption, max_words)
+            if not cleaned:
+                reason = f"the caption {caption!r} holds nothing but punctuation; write a text or leave it out"
+                raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
+            if len(known) < SOME_TEXTS:
+                known.append(tokenizer.encode(cleaned)[1:] != tokenizer.unk)
+    unknown = 1 - float(np.concatenate(known).mean())
+    if unknown > MAX_UNKNOWN:
+        raise ConfigError(
+            f"the vocabulary does not know {unknown:.0%} of the captions' words; "
+            "write text.vocab=null to build one from the captions, or the path of one in their language"
+        )
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """ConfigError if the file system of `out` has less than `needed` bytes free."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"{out} has {free / 2**30:.1f} GiB free but the checkpoints need {needed / 2**30:.1f} GiB; "
+            "write another --out, or a smaller checkpoint.keep"
+        )
+
+
+def _looked_at(shards: Shards, seed: int) -> list[int]:
+    """The samples whose texts are read: all, or the first of each shard and some drawn ones."""
+    if len(shards) <= ALL_TEXTS:
+        return list(range(len(shards)))
+    firsts = [shards.start(n) for n in range(len(shards.paths))]
+    drawn = np.random.default_rng(seed).choice(len(shards), SOME_TEXTS, replace=False)
+    return sorted({*firsts, *drawn.tolist()})

@@ -1,0 +1,136 @@
+"""What a run measures, says and saves along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlscale import checkpoint, distributed, ds_config, optim
+from vlscale.build import Setting
+from vlscale.config import RunConfig
+from vlscale.data.loader import Loader, retrieval_batches
+from vlscale.data.text import Tokenizer
+from vlscale.engine import Engine, StepReport
+from vlscale.evaluation import retrieval
+from vlscale.flops import peak_flops, step_flops
+from vlscale.model import PretrainModel
+from vlscale.monitor import Monitor
+from vlscale.throughput import StepClock
+from vlscale.types import Batch, Loss
+
+
+class Record:
+    """What is measured, said and saved along the way."""
+
+    def __init__(
+        self, run: RunConfig, setting: Setting, model: PretrainModel, loader: Loader, monitor: Monitor
+    ) -> None:
+        self._run, self._setting, self._model, self._loader, self._monitor = (
+            run,
+            setting,
+            model,
+            loader,
+            monitor,
+        )
+        self._peak = None
+        if setting.device.type == "cuda":
+            name = torch.cuda.get_device_name(setting.device)
+            self._peak = peak_flops(name, ds_config.precision(setting.ds))
+        self._clock = StepClock(setting.device)
+        self._skipped = 0
+
+    def timed(self, steps: Any) -> Any:
+        """The loader's steps, with the time spent waiting for them noted."""
+        return self._clock.waiting(steps)
+
+    def step(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        losses: Sequence[Mapping[str, Loss]],
+        shares: Sequence[Mapping[str, Tensor]],
+        report: StepReport,
+    ) -> None:
+        """Note a step; at log steps, write its line."""
+        self._skipped += not report.applied
+        self._clock.step(batches)
+        run = self._run
+        if step % run.logging.every and step not in (1, run.steps):
+            return
+        ranks = distributed.world_size()
+        values: dict[str, Any] = {
+            "samples_seen": step * run.data.batch,
+            "epoch": step * run.data.batch // self._loader.num_samples,
+            "task": batches[0].task,
+            **mean_losses(self._model, losses, shares),
+        }
+        lr = optim.lr_at(step, run.optim, run.steps)
+        for group in optim.groups(self._model.named_parameters(), run.optim):
+            values[f"lr/{group['name']}"] = lr * group["scale"]
+        values["grad_norm"] = report.grad_norm
+        if report.loss_scale is not None:
+            values["loss_scale"] = report.loss_scale
+        flops = step_flops(self._model, batches[0]).model * len(batches)
+        values |= self._clock.read(samples_per_step=run.data.batch, ranks=ranks, flops=flops, peak=self._peak)
+        values["skipped_steps"] = self._skipped
+        values["bad_samples"] = self._loader.bad_samples
+        if run.logging.sample_keys:
+            values["sample_keys"] = global_keys(batches)
+        self._monitor.scalars(step, values)
+
+    def save(self, step: int, machine: Engine) -> None:
+        """Write a checkpoint."""
+        state = {
+            "step": step,
+            "world_size": distributed.world_size(),
+            "zero_stage": ds_config.stage(self._setting.ds),
+            "precision": ds_config.precision(self._setting.ds),
+            "loader": self._loader.state(),
+            "skipped_steps": self._skipped,
+        }
+        checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
+        self._clock.skip()
+
+    def evaluate(self, step: int, tokenizer: Tokenizer) -> None:
+        """Retrieve among the validation pictures, where the family can."""
+        if "embed" not in self._model.family.offers:
+            return
+        batches = retrieval_batches(
+            self._setting.val,
+            tokenizer,
+            self._run.family.inputs,
+            batch=self._setting.ds["train_micro_batch_size_per_gpu"],
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            max_words=self._run.text.max_words,
+            limit=self._run.evaluation.limit,
+        )
+        found = retrieval.evaluate(self._model.family, batches, self._setting.device)
+        self._monitor.scalars(step, found.metrics)
+        self._monitor.pictures(step, found.examples)
+        self._clock.skip()
+
+
+def mean_losses(
+    model: PretrainModel, losses: Sequence[Mapping[str, Loss]], shares: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """`loss`, `loss/<objective>` and the objectives' own figures, averaged over the step's whole batch."""
+    passes = len(losses) * distributed.world_size()
+    sums: dict[str, Tensor] = {}
+    for each, share in zip(losses, shares, strict=True):
+        parts = {f"loss/{name}": loss.value * share.get(name, 1.0) for name, loss in each.items()}
+        parts["loss"] = model.total(each, share)
+        for loss in each.values():
+            parts |= loss.metrics
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double().reshape(())
+    return {name: float(value) / passes for name, value in distributed.sum_over_ranks(sums).items()}
+
+
+def global_keys(batches: Sequence[Batch]) -> list[str]:
+    """The keys of the step's samples in global order: micro-batch by micro-batch, rank by rank."""
+    everywhere: list[Any] = distributed.gather_objects([batch.keys for batch in batches])
+    return [key for number in range(len(batches)) for keys in everywhere for key in keys[number]]

@@ -1,0 +1,122 @@
+"""The loop: `train` is a whole run, read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlscale import build, checkpoint, distributed, ds_config, optim
+from vlscale.build import Request, Setting
+from vlscale.config import RunConfig
+from vlscale.engine import Engine
+from vlscale.errors import DONE, STOPPED
+from vlscale.model import PretrainModel
+from vlscale.monitor import Monitor
+from vlscale.nn import momentum
+from vlscale.record import Record
+from vlscale.stop import StopGuard
+from vlscale.types import Batch
+
+
+def train(request: Request) -> int:
+    """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
+    run = request.run
+    with StopGuard() as guard:
+        setting = build.setup(request)
+        tokenizer = build.open_tokenizer(run, setting)
+        model = build.build_model(run, tokenizer)
+        loader = build.build_loader(run, setting, model, tokenizer)
+        machine = build.build_engine(run, setting, model)
+        start = resume(request, setting, machine)
+        monitor = Monitor(
+            setting.out,
+            steps=run.steps,
+            start=start,
+            rank=distributed.rank(),
+            tensorboard=run.logging.tensorboard,
+        )
+        monitor.say(build.describe(run, setting, model, start))
+        vote = distributed.StopVote(setting.device)
+        record = Record(run, setting, model, loader, monitor)
+
+        for step, micro_batches in record.timed(loader.steps(start, run.steps)):
+            seed_step(run.seed, step)
+            task = pick_task(run, model, step)
+            batches = [replace(batch, task=task).to(setting.device) for batch in micro_batches]
+            shares = step_shares(model, batches)
+            losses = []
+            for number, batch in enumerate(batches):
+                loss = machine.forward(batch, step)
+                machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
+                model.commit(task)
+                losses.append(loss)
+            report = machine.step(optim.lr_at(step, run.optim, run.steps))
+            if report.applied:
+                machine.after_step(
+                    momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps)
+                )
+            record.step(step, batches, losses, shares, report)
+
+            stopping = vote.agreed(guard.requested)
+            last = step == run.steps
+            if last or stopping or step % run.checkpoint.every == 0:
+                record.save(step, machine)
+            if last or (not stopping and run.evaluation.every and step % run.evaluation.every == 0):
+                record.evaluate(step, tokenizer)
+            if stopping and not last:
+                monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")
+                monitor.close()
+                return STOPPED
+        monitor.say(f"done: {run.steps} steps, in {setting.out}")
+        monitor.close()
+        return DONE
+
+
+def resume(request: Request, setting: Setting, machine: Engine) -> int:
+    """Load the checkpoint that the run goes on from; the step it was written after, 0 for a new run."""
+    if request.resume == "never":
+        return 0
+    if request.resume == "auto":
+        found = checkpoint.newest(setting.out, warn=print)
+    else:
+        found = checkpoint.find(request.resume)
+    if found is None:
+        return 0
+    checkpoint.check_fits(
+        found, distributed.world_size(), ds_config.stage(setting.ds), ds_config.precision(setting.ds)
+    )
+    machine.load(found.folder)
+    return found.step
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Fix every draw that the model makes in this step (dropout, hard negatives), so that resuming is exact."""
+    words = np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def pick_task(run: RunConfig, model: PretrainModel, step: int) -> str:
+    """The step's task, drawn by shares from (seed, step): the same on all ranks without a message."""
+    names = list(model.tasks)
+    if len(names) == 1:
+        return names[0]
+    shares = np.array([model.tasks[name].share for name in names])
+    return names[int(np.random.default_rng([run.seed, step]).choice(len(names), p=shares / shares.sum()))]
+
+
+def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Per micro-batch, {objective: its count of terms over the mean count of the step's micro-batches}."""
+    counts = [model.counts(batch) for batch in batches]
+    passes = len(batches) * distributed.world_size()
+    if passes == 1:
+        return [{}]
+    own = {name: torch.stack([count[name] for count in counts]).sum() for name in counts[0]}
+    whole = distributed.sum_over_ranks(own)
+    return [
+        {name: (each * passes / whole[name].clamp(min=1)).float() for name, each in count.items()}
+        for count in counts
+    ]
