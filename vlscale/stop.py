@@ -1,0 +1,247 @@
+"""No process outlives its run: a stop is a flag, is carried out at a step boundary, and has a deadline.
+
+DeepSpeed's launcher passes a signal to one rank after the other, and when it is killed itself it leaves every
+rank behind. So each rank watches the processes that started it, and treats their death as a request to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from vlscale.errors import STOPPED
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+POLL = 0.5  # seconds between two looks at the launcher
+DEEPSPEED_RUNNER = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
+DEEPSPEED_LAUNCH = ("deepspeed.launcher.launch",)
+OTHER_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # environment of a rank: deepspeed, torchrun
+
+
+class StopGuard:
+    """Turns signals, and the death of the launcher, into `requested`; ends the process when nobody reacts.
+
+    The loop asks `distributed.StopVote` once per step with `guard.requested`, saves, and exits with STOPPED.
+    From the request on the process has `deadline` seconds; a rank that is still there then (stuck in a
+    collective whose partner is gone, or on its way out) says where it stands and is ended hard, with its
+    worker processes. DeepSpeed's launcher kills after 30 s, hence the default. A second Ctrl-C interrupts at
+    once.
+
+    A program started from a shell has no launcher to watch: it goes on when the shell ends (nohup).
+    Make it in the main thread, before anything slow, and leave it open until the process ends.
+    """
+
+    def __init__(self, *, deadline: float = 25.0) -> None:
+        self.requested = False
+        self.reason = ""
+        self._deadline = deadline
+        self._over = float("inf")
+        self._closed = threading.Event()
+        self._launcher = Launcher()
+        self._ear, self._mouth = socket.socketpair()
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
+        # the C-level handler writes the signal's number: seen even if the main thread hangs in a collective
+        self._wakeup_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        self._handlers_before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        _let_go_in_children(self)
+        threading.Thread(target=self._watch, name="stop-guard", daemon=True).start()
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop; the first reason stays."""
+        if not self.requested:
+            self._over = time.monotonic() + self._deadline
+            self.reason = reason
+            self.requested = True
+
+    def close(self) -> None:
+        """Put the former signal handlers back and stop watching."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._mouth.send(b"\0")
+
+    def __enter__(self) -> StopGuard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested and self.reason == "SIGINT"
+        self.request(signal.Signals(number).name)
+        if number == signal.SIGINT and again and os.isatty(0):
+            raise KeyboardInterrupt
+
+    def _watch(self) -> None:
+        with self._ear, self._mouth:
+            while not self._closed.is_set():
+                self._hear()
+                if not self.requested and (gone := self._launcher.gone()):
+                    self.request(gone)
+                if time.monotonic() > self._over and not self._closed.is_set():
+                    _end_hard(f"{self.reason}: no stop within {self._deadline:g} s, ending this process")
+
+    def _hear(self) -> None:
+        if not select.select([self._ear], [], [], POLL)[0]:
+            return
+        for number in self._ear.recv(64):
+            if number in SIGNALS:
+                self.request(signal.Signals(number).name)
+            if number == signal.SIGTERM:
+                self._launcher.tell_siblings()
+
+
+class Launcher:
+    """The processes that started this rank and must outlive it; empty for a program started by a person."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._told = False
+        self._missing = ""
+        self.watched: list[psutil.Process] = []
+        self.siblings_of: psutil.Process | None = None
+        try:
+            self._find(psutil.Process().parents())
+        except psutil.Error:  # one of them died while we looked
+            self._missing = "the launcher is gone" if _started_by_launcher() else ""
+
+    def _find(self, ancestors: list[psutil.Process]) -> None:
+        kinds = [_kind(process) for process in ancestors]
+        nearest = next((place for place, kind in enumerate(kinds) if kind in ("launch", "other")), None)
+        if nearest is None:
+            self._missing = "the launcher is gone" if _started_by_launcher() else ""
+            return
+        self.watched = ancestors[: nearest + 1]
+        if kinds[nearest] == "launch":
+            self.siblings_of = ancestors[nearest]
+            above = ancestors[nearest + 1 : nearest + 2]
+            if above and kinds[nearest + 1] == "runner":
+                self.watched += above
+            elif _lost_its_runner(ancestors[nearest], above):
+                self._missing = "the deepspeed process is gone"
+
+    def gone(self) -> str:
+        """Which of them has died, as the reason of a stop; empty while all live."""
+        if self._missing:
+            return self._missing
+        if self.watched and os.getppid() != self._parent:
+            return "the launcher of this rank is gone"
+        dead = [process.pid for process in self.watched if not _lives(process)]
+        return f"process {dead[0]}, which started this run, is gone" if dead else ""
+
+    def tell_siblings(self) -> None:
+        """Pass SIGTERM on to this machine's other ranks at once: DeepSpeed waits 30 s for each in turn."""
+        if self.siblings_of is None or self._told:
+            return
+        self._told = True
+        try:
+            for process in self.siblings_of.children():
+                if process.pid != os.getpid() and process not in self.watched:
+                    process.terminate()
+        except psutil.Error:
+            pass  # the launcher or a rank has just ended
+
+
+def shield_worker(worker: int) -> None:
+    """A DataLoader's `worker_init_fn`: a worker is stopped by its own rank only, and never outlives it.
+
+    DeepSpeed's launcher signals a rank's whole process tree; a worker that obeyed would break the loop before
+    it can save.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:  # not a worker process at all
+        return
+    if hasattr(signal, "sigwaitinfo"):  # Linux; elsewhere a worker obeys everybody
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(parent.pid,), name="obey-parent", daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass  # from the launcher, meant for the rank
+    os._exit(0)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _let_go_in_children(guard: StopGuard) -> None:
+    """A forked child must not report its signals to the parent's guard."""
+    alive = weakref.ref(guard)
+
+    def let_go() -> None:
+        kept = alive()
+        if kept is not None and not kept._closed.is_set():
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=let_go)
+
+
+def _end_hard(message: str) -> None:
+    try:
+        sys.stderr.write(f"{message}\n")
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+    except (OSError, ValueError, RuntimeError, AttributeError):
+        pass  # a closed or replaced stderr keeps nobody alive
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    os._exit(STOPPED)
+
+
+def _started_by_launcher() -> bool:
+    return any(name in os.environ for name in SET_BY_LAUNCHERS)
+
+
+def _kind(process: psutil.Process) -> str:
+    try:
+        words = {os.path.basename(word) for word in process.cmdline()[:4]}  # python -u -m MODULE
+    except psutil.AccessDenied:
+        return ""
+    kinds = {"launch": DEEPSPEED_LAUNCH, "runner": DEEPSPEED_RUNNER, "other": OTHER_LAUNCHERS}
+    return next((kind for kind, names in kinds.items() if words & set(names)), "")
+
+
+def _lost_its_runner(launch: psutil.Process, above: list[psutil.Process]) -> bool:
+    """On one machine `deepspeed` starts launch.py without a node's rank; an orphan belongs to init."""
+    alone = not any(word.startswith("--node_rank") for word in launch.cmdline())
+    return alone and (not above or above[0].pid == 1 or above[0].name() == "systemd")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
