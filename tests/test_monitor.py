@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from vlscale.monitor import Monitor
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Shown(NamedTuple):
+    picture: Tensor
+    caption: str
+    rank: int
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(step: int) -> dict[str, Any]:
+    return {
+        "loss": 1.0 / step,
+        "samples_per_second": 100.0,
+        "seconds_per_step": 2.0,
+        "task": "all",
+        "mfu": None,
+    }
+
+
+def run(out: Path, start: int, steps: int, until: int | None = None, **options: Any) -> str:
+    console = options.pop("console", io.StringIO())
+    monitor = Monitor(out, steps=steps, start=start, rank=0, console=console, **options)
+    for step in range(start + 1, (until or steps) + 1):
+        monitor.scalars(step, values(step))
+    monitor.close()
+    return str(console.getvalue())
+
+
+def test_one_json_object_per_step_with_the_step_first(tmp_path: Path) -> None:
+    run(tmp_path, 0, 3, tensorboard=False)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert next(iter(lines(tmp_path)[0])) == "step"
+    assert lines(tmp_path)[1] == {"step": 2, **values(2)}
+
+
+def test_what_is_not_a_number_becomes_null(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, steps=1, start=0, rank=0, tensorboard=False, console=io.StringIO())
+    monitor.scalars(1, {"loss": math.nan, "grad_norm": math.inf, "seconds_per_step": math.nan})
+    text = (tmp_path / "metrics.jsonl").read_text()  # flushed before `close`
+    monitor.close()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "seconds_per_step": null}\n'
+
+
+def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    run(tmp_path / "whole", 0, 8, tensorboard=False)
+    run(tmp_path / "cut", 0, 8, until=6, tensorboard=False)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    run(tmp_path / "cut", 5, 8, tensorboard=False)
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["log.txt", "metrics.jsonl"]
+
+
+def test_plain_lines_at_a_readable_pace(tmp_path: Path) -> None:
+    said = run(tmp_path, 0, 50, tensorboard=False).splitlines()
+    assert said[0] == "step 1/50  loss 1  100.0 samples/s  ETA 0:01:38"
+    assert [line.split()[1] for line in said] == ["1/50", "2/50", "3/50", "50/50"]
+    assert (tmp_path / "log.txt").read_text().splitlines() == said
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    said = run(tmp_path, 5, 10, tensorboard=False, console=Terminal())
+    assert "10/10" in said
+    assert "loss 0.1" in said
+
+
+def test_an_evaluation_is_said_in_full(tmp_path: Path) -> None:
+    console = io.StringIO()
+    monitor = Monitor(tmp_path, steps=9, start=0, rank=0, tensorboard=False, console=console)
+    monitor.scalars(9, {"eval/retrieval/i2t_r1": 0.512345, "eval/retrieval/candidates": 500})
+    monitor.close()
+    assert console.getvalue() == "step 9/9  i2t_r1 0.5123  candidates 500\n"
+
+
+def test_other_ranks_write_only_warnings(tmp_path: Path) -> None:
+    console = io.StringIO()
+    monitor = Monitor(tmp_path, steps=1, start=0, rank=3, console=console)
+    monitor.scalars(1, values(1))
+    monitor.pictures(1, [Shown(torch.zeros(3, 2, 2, dtype=torch.uint8), "a", 1)])
+    monitor.say("hello")
+    monitor.warn("shard 7 is short")
+    monitor.close()
+    assert console.getvalue() == "warning (rank 3): shard 7 is short\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+@pytest.mark.filterwarnings("default")  # TensorBoard's reader, not ours
+def test_tensorboard_counts_optimizer_steps_and_forgets_what_was_cut(tmp_path: Path) -> None:
+    run(tmp_path, 0, 8, until=6)
+    monitor = Monitor(tmp_path, steps=8, start=4, rank=0, console=io.StringIO())
+    for step in range(5, 9):
+        monitor.scalars(step, {"loss": 100.0 + step, "task": "all"})
+    monitor.pictures(8, [Shown(torch.zeros(3, 8, 8, dtype=torch.uint8), "a red ball", 2)])
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    kept = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in kept] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert kept[4][1] == 105.0
+    assert events.Tags()["images"] == ["retrieval/0"]
+    assert b"rank 2: a red ball" in events.Tensors("retrieval/0/text_summary")[0].tensor_proto.string_val[0]

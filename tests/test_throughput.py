@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from tests.distributed.spawn import run_ranks
+from vlscale.throughput import StepClock
+from vlscale.types import Batch, Text
+
+
+def batch(tokens: int, places: int) -> Batch:
+    mask = torch.arange(places)[None] < tokens
+    return Batch({"clean": Text(torch.zeros(1, places, dtype=torch.int64), mask)}, {}, torch.zeros(1))
+
+
+def measured(tokens: int) -> dict[str, float | int | None]:
+    clock = StepClock(torch.device("cpu"))
+    for each in clock.waiting([tokens, tokens]):
+        time.sleep(0.05)
+        clock.step([batch(each, 8), batch(each, 8)])
+    time.sleep(0.2)
+    clock.skip()
+    return clock.read(samples_per_step=10, ranks=1, flops=1e9, peak=1e11)
+
+
+def on_two_ranks() -> dict[str, float | int | None]:
+    from vlscale import distributed
+
+    clock = StepClock(torch.device("cpu"))
+    time.sleep(0.05)
+    clock.step([batch(2 + 4 * distributed.rank(), 8)])
+    return clock.read(samples_per_step=10, ranks=2, flops=1e9, peak=1e11)
+
+
+def test_figures_follow_from_the_wall_clock() -> None:
+    found = measured(6)
+    seconds = found["seconds_per_step"]
+    assert seconds is not None
+    assert 0.05 <= seconds < 0.1  # the pause is left out
+    assert found["samples_per_second"] == pytest.approx(10 / seconds)
+    assert found["tokens_per_second"] == pytest.approx(12 / seconds)
+    assert found["padding_fraction"] == 0.25
+    assert found["model_tflops_per_second"] == pytest.approx(1e-3 / seconds)
+    assert found["mfu"] == pytest.approx(1e-2 / seconds)
+    assert found["data_wait_fraction"] == pytest.approx(0, abs=0.2)
+    assert found["memory_peak_bytes"] >= found["memory_allocated_bytes"] > 1e6  # type: ignore[operator]
+
+
+def test_waiting_for_data_is_seen() -> None:
+    def slow() -> object:
+        for _ in range(2):
+            time.sleep(0.08)
+            yield None
+
+    clock = StepClock(torch.device("cpu"))
+    for _ in clock.waiting(slow()):  # type: ignore[var-annotated, arg-type]
+        time.sleep(0.02)
+        clock.step([])
+    found = clock.read(samples_per_step=1, ranks=1, flops=0.0, peak=None)
+    assert found["data_wait_fraction"] == pytest.approx(0.8, abs=0.1)
+    assert found["mfu"] is None
+    assert found["padding_fraction"] == 0.0
+
+
+def test_ranks_agree() -> None:
+    first, second = run_ranks(on_two_ranks, 2)
+    for name in ("seconds_per_step", "tokens_per_second", "padding_fraction", "mfu"):
+        assert first[name] == second[name]
+    assert first["padding_fraction"] == 0.5
+    assert first["tokens_per_second"] == pytest.approx(8 / first["seconds_per_step"])

@@ -1,0 +1,241 @@
+"""Zero-shot image-text retrieval: every picture and every caption ranks all of the other kind by cosine.
+
+A place is counted against us: 1 + the number of others that score at least as high, so that a model which
+gives everything the same embedding is last everywhere, and one that gives NaN too.
+
+Shapes: P pictures, C captions (a picture may have several), E width of the shared embedding, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlscale import distributed
+from vlscale.errors import ConfigError, DataError
+from vlscale.types import Text, Visual
+
+if TYPE_CHECKING:
+    from vlscale.families.base import Family
+
+CHUNK = 1024  # rows of the similarity matrix that exist at a time
+EXAMPLES = 8
+PREFIX = "eval/retrieval/"
+
+
+class RetrievalBatch(Protocol):
+    """Some pictures, with all captions of each."""
+
+    @property
+    def visual(self) -> Visual:
+        """P pictures."""
+        ...
+
+    @property
+    def text(self) -> Text:
+        """C captions."""
+        ...
+
+    @property
+    def owner(self) -> Tensor:
+        """[C] int64, number of each caption's picture in the data set."""
+        ...
+
+    @property
+    def index(self) -> Tensor:
+        """[P] int64, number of each picture in the data set."""
+        ...
+
+
+class Example(NamedTuple):
+    """A picture, one of its captions, and the picture's place when the caption asks for it."""
+
+    picture: Tensor  # [3, H, W], as the family was given it
+    caption: str
+    rank: int
+
+
+class Retrieval(NamedTuple):
+    """What an evaluation found, the same on every rank but for `examples`, which rank 0 has."""
+
+    metrics: dict[str, float]
+    examples: list[Example]
+
+
+class Features(NamedTuple):
+    """Embeddings from all ranks."""
+
+    visual: Tensor  # [P, E] fp32
+    text: Tensor  # [C, E] fp32
+    picture: Tensor  # [P] int64, number in the data set
+    owner: Tensor  # [C] int64, number of the picture
+
+
+def evaluate(
+    family: Family,
+    batches: Iterable[RetrievalBatch],
+    device: torch.device,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> Retrieval:
+    """Retrieve among the pictures of all ranks; every rank calls this with its own part of them.
+
+    Ranks may have different numbers of batches: all call the family equally often, as ZeRO-3 needs.
+    `decode` turns token ids into the captions of the examples. The family's training mode is as before.
+
+    Raises:
+        ConfigError: the family gives no embeddings.
+        DataError: there is no picture, or no caption.
+    """
+    if "embed" not in family.offers:
+        raise ConfigError(
+            f"retrieval needs embeddings, which family '{type(family).__name__}' does not offer"
+        )
+    modes = {module: module.training for module in family.modules()}
+    family.eval()
+    try:
+        with torch.no_grad():
+            return _evaluate(family, batches, device, decode)
+    finally:
+        _restore(modes)
+
+
+def ranks(features: Features) -> tuple[Tensor, Tensor]:
+    """Places from 1: of each picture's best caption [P with captions], of each caption's picture [C]."""
+    order = torch.argsort(features.picture)
+    visual, index = features.visual[order], features.picture[order]
+    own = torch.searchsorted(index, features.owner)  # [C] row of each caption's picture
+    text_to_image = [
+        _places(text @ visual.T, place[:, None] == torch.arange(len(index), device=place.device))
+        for text, place in zip(torch.split(features.text, CHUNK), torch.split(own, CHUNK), strict=True)
+    ]
+    image_to_text = []
+    for number, rows in enumerate(torch.split(visual, CHUNK)):
+        mine = own == torch.arange(len(rows), device=own.device)[:, None] + number * CHUNK  # [chunk, C]
+        told = mine.any(dim=1)  # a picture without captions is a candidate only
+        image_to_text.append(_places(rows[told] @ features.text.T, mine[told]))
+    return torch.cat(image_to_text), torch.cat(text_to_image)
+
+
+def _places(scores: Tensor, right: Tensor) -> Tensor:
+    """[N, M] scores and which are right -> [N] place of the best right one."""
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    beaten = (scores < best) & ~right  # everything that is not clearly beaten stands before
+    return 1 + (~right).sum(dim=1) - beaten.sum(dim=1)
+
+
+def _evaluate(
+    family: Family,
+    batches: Iterable[RetrievalBatch],
+    device: torch.device,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> Retrieval:
+    visual, text, index, owner = [], [], [], []
+    first: RetrievalBatch | None = None
+    for batch, counts in _in_step(batches):
+        seen = family.encode_visual(_on(batch.visual, device)).embed
+        read = family.encode_text(_on(batch.text, device)).embed
+        assert seen is not None, "a family that offers `embed` sets it"
+        assert read is not None, "a family that offers `embed` sets it"
+        if counts:
+            first = first or batch
+            visual.append(seen.float())
+            text.append(read.float())
+            index.append(batch.index.to(device))
+            owner.append(batch.owner.to(device))
+    features = _gathered(visual, text, index, owner, device)
+    image_to_text, text_to_image = ranks(features)
+    metrics = {
+        **_figures("i2t", image_to_text),
+        **_figures("t2i", text_to_image),
+        "candidates": float(len(features.picture)),
+        "chance_r1": 1 / len(features.picture),
+    }
+    examples = _examples(first, features.owner, text_to_image, decode) if distributed.rank() == 0 else []
+    return Retrieval({PREFIX + name: value for name, value in metrics.items()}, examples)
+
+
+def _in_step(batches: Iterable[RetrievalBatch]) -> Iterator[tuple[RetrievalBatch, bool]]:
+    """(batch, whether it counts) equally often on every rank; a rank that has run out repeats a batch."""
+    iterator = iter(batches)
+    spare: RetrievalBatch | None = None
+    while True:
+        batch = next(iterator, None)
+        have: list[Any] = distributed.gather_objects(batch is not None)
+        if not any(have):
+            if spare is None:
+                raise DataError("there is no picture to retrieve; check data.val")
+            return
+        if spare is None and not all(have):  # a rank without a single batch borrows one
+            spare = next(each for each in distributed.gather_objects(batch) if each is not None)  # type: ignore[assignment]
+        spare = batch or spare
+        assert spare is not None, "some rank has a batch"
+        yield spare, batch is not None
+
+
+def _gathered(
+    visual: list[Tensor], text: list[Tensor], index: list[Tensor], owner: list[Tensor], device: torch.device
+) -> Features:
+    width = next((each.shape[1] for each in visual), 0)
+    widths: list[Any] = distributed.gather_objects(width)
+    nothing = torch.zeros(0, max(widths), device=device)
+    number = torch.zeros(0, dtype=torch.int64, device=device)
+    features = Features(
+        _from_all(F.normalize(torch.cat([nothing, *visual]), dim=-1)),
+        _from_all(F.normalize(torch.cat([nothing, *text]), dim=-1)),
+        _from_all(torch.cat([number, *index])),
+        _from_all(torch.cat([number, *owner])),
+    )
+    if not len(features.text):
+        raise DataError("no picture has a caption to retrieve it by; check data.val")
+    return features
+
+
+def _from_all(rows: Tensor) -> Tensor:
+    """[n, ...] of every rank, n differing -> all rows in rank order."""
+    counts: list[Any] = distributed.gather_objects(len(rows))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    if not len(padded):
+        return rows
+    parts = torch.split(distributed.gather_no_grad(padded), len(padded))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _figures(direction: str, places: Tensor) -> dict[str, float]:
+    recalls = {f"{direction}_r{k}": float((places <= k).double().mean()) for k in (1, 5, 10)}
+    return recalls | {f"{direction}_median_rank": float(places.double().quantile(0.5))}
+
+
+def _examples(
+    batch: RetrievalBatch | None,
+    owner: Tensor,
+    places: Tensor,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> list[Example]:
+    """The first pictures of rank 0; its captions are the first of `owner`."""
+    if batch is None:
+        return []
+    found: list[Example] = []
+    for row, picture in enumerate(batch.index.tolist()):
+        captions = (batch.owner == picture).nonzero().flatten().tolist()
+        if not captions or len(found) == EXAMPLES:
+            continue
+        caption = captions[0]
+        ids = batch.text.ids[caption][batch.text.mask[caption]].tolist()
+        words = decode(ids) if decode is not None else " ".join(map(str, ids))
+        found.append(Example(batch.visual.feats[row].cpu(), words, int(places[caption])))
+    return found
+
+
+def _on(fields: Any, device: torch.device) -> Any:
+    """The same NamedTuple of tensors on `device`."""
+    return type(fields)(*(each.to(device) if isinstance(each, Tensor) else each for each in fields))
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training

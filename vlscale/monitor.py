@@ -1,0 +1,193 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard, log.txt and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+LOG = "log.txt"
+TENSORBOARD = "tensorboard"
+PACE = 5.0  # seconds between two plain lines
+FIRST_LINES = 3  # steps that are always shown
+
+Value = float | int | str | None | list[str]
+
+
+class PictureLike(Protocol):
+    """A validation picture with one of its captions, and the picture's place when asked for by it."""
+
+    @property
+    def picture(self) -> Tensor:
+        """uint8 [3, H, W]."""
+        ...
+
+    @property
+    def caption(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """From 1."""
+        ...
+
+
+class Monitor:
+    """Rank 0 writes all of it; the other ranks only their warnings.
+
+    A run that goes on from step `start` first takes out of `metrics.jsonl` what a killed run wrote after that
+    step, so that the file ends up like that of a run in one go; TensorBoard is told the same.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        steps: int,
+        start: int,
+        rank: int,
+        tensorboard: bool = True,
+        console: TextIO | None = None,
+    ) -> None:
+        self._rank = rank
+        self._steps = steps
+        self._start = start
+        self._console = console or sys.stdout
+        self._shown = 0
+        self._shown_at = -math.inf
+        self._bar: tqdm[Any] | None = None
+        self._metrics: TextIO | None = None
+        self._writer: SummaryWriter | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        self._log = (out / LOG).open("a", encoding="utf-8", buffering=1)
+        if rank == 0:
+            forget_after(out / METRICS, start)
+            self._metrics = (out / METRICS).open("a", encoding="utf-8", buffering=1)
+            if tensorboard:
+                self._writer = _writer(out / TENSORBOARD, start + 1)
+            if self._console.isatty():
+                self._bar = tqdm(
+                    total=steps, initial=start, file=self._console, unit="step", dynamic_ncols=True
+                )
+
+    def scalars(self, step: int, values: Mapping[str, Value]) -> None:
+        """One line of metrics.jsonl, the same in TensorBoard, and a progress line where there is a `loss`."""
+        if self._metrics is None:
+            return
+        line = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+        if "loss" in values:
+            self._progress(step, values)
+        else:
+            self.say(f"step {step}/{self._steps}  " + "  ".join(_short(*item) for item in values.items()))
+
+    def pictures(self, step: int, examples: Sequence[PictureLike]) -> None:
+        """Pictures, their captions, and the place of each among all when asked for by its caption."""
+        if self._writer is None:
+            return
+        for number, example in enumerate(examples):
+            self._writer.add_image(f"retrieval/{number}", example.picture, step)
+            self._writer.add_text(f"retrieval/{number}", f"rank {example.rank}: {example.caption}", step)
+
+    def say(self, message: str) -> None:
+        """To the console and log.txt, from rank 0."""
+        if self._rank == 0:
+            self._write(message)
+
+    def warn(self, message: str) -> None:
+        """To the console and log.txt, from whichever rank finds something odd."""
+        self._write(f"warning (rank {self._rank}): {message}")
+
+    def close(self) -> None:
+        """Write out what is still on its way."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._log.close()
+
+    def _write(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.write(message, file=self._console)
+        else:
+            print(message, file=self._console, flush=True)
+        self._log.write(message + "\n")
+
+    def _progress(self, step: int, values: Mapping[str, Value]) -> None:
+        line = self._line(step, values)
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.set_postfix_str(_short("loss", values["loss"]))
+            self._log.write(line + "\n")
+            return
+        now = time.monotonic()
+        if self._shown < FIRST_LINES or step == self._steps or now - self._shown_at >= PACE:
+            self._shown += 1
+            self._shown_at = now
+            self._write(line)
+
+    def _line(self, step: int, values: Mapping[str, Value]) -> str:
+        parts = [f"step {step}/{self._steps}", _short("loss", values["loss"])]
+        rate, seconds = values.get("samples_per_second"), values.get("seconds_per_step")
+        if isinstance(rate, (int, float)):
+            parts.append(f"{rate:.1f} samples/s")
+        if isinstance(seconds, (int, float)) and math.isfinite(seconds):
+            parts.append(f"ETA {timedelta(seconds=round(seconds * (self._steps - step)))}")
+        return "  ".join(parts)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a line that was cut off in writing; the file is replaced whole."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) == len(lines):
+        return
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _step_of(line: str) -> float:
+    if not line.endswith("\n"):
+        return math.inf
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(name: str, value: Value) -> str:
+    name = name.rsplit("/", 1)[-1]
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _writer(folder: Path, first_step: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)

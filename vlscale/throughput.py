@@ -1,0 +1,128 @@
+"""How fast a run is, measured between two log lines without making the device wait at any other time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from vlscale import distributed
+from vlscale.types import Batch
+
+T = TypeVar("T")
+
+
+class StepClock:
+    """Wall time, waiting for data, and what was done meanwhile, since the last `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+        self._seconds = 0.0
+        self._waited = 0.0
+        self._steps = 0
+        self._places = 0
+        self._tokens: int | Tensor = 0  # stays on the device until it is read
+
+    def waiting(self, steps: Iterable[T]) -> Iterator[T]:
+        """The same steps; the time that the loop waits for each is counted as waiting for data."""
+        iterator = iter(steps)
+        while True:
+            began = time.perf_counter()
+            try:
+                step = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - began
+            yield step
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Note one optimizer step and the micro-batches that this rank gave to it."""
+        self._seconds += self._lap()
+        self._steps += 1
+        for batch in batches:
+            for text in batch.text.values():
+                self._tokens = self._tokens + text.mask.sum()
+                self._places += text.mask.numel()
+
+    def skip(self) -> None:
+        """Leave out the time since the last step: it went into a checkpoint or an evaluation."""
+        self._synchronize()
+        self._lap()
+
+    def read(
+        self, *, samples_per_step: int, ranks: int, flops: float, peak: float | None
+    ) -> dict[str, float | int | None]:
+        """The means since the last `read`, over all ranks; every rank calls this at the same step.
+
+        `flops` is what the model needs for one step on one rank, `peak` what one device could do per second
+        (None = unknown). Text tokens are counted in every view, memory is this rank's.
+        """
+        self._synchronize()
+        self._seconds += self._lap()
+        sums = self._sums()
+        seconds = sums["seconds"] / sums["steps"]  # of one step
+        done = ranks * flops / seconds
+        values: dict[str, float | int | None] = {
+            "seconds_per_step": seconds,
+            "data_wait_fraction": sums["waited"] / sums["seconds"],
+            "samples_per_second": samples_per_step / seconds,
+            "tokens_per_second": sums["tokens"] * ranks / sums["seconds"],
+            "padding_fraction": 1 - sums["tokens"] / sums["places"] if sums["places"] else 0.0,
+            "model_tflops_per_second": done / 1e12,
+            "mfu": done / (ranks * peak) if peak else None,
+            **memory(self._device),
+        }
+        self._restart()
+        return values
+
+    def _sums(self) -> dict[str, float]:
+        own = {
+            "seconds": self._seconds,
+            "waited": self._waited,
+            "steps": self._steps,
+            "tokens": self._tokens,
+            "places": self._places,
+        }
+        tensors = {
+            name: torch.as_tensor(value, dtype=torch.float64, device=self._device)
+            for name, value in own.items()
+        }
+        return {name: float(value) for name, value in distributed.sum_over_ranks(tensors).items()}
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._last = now - self._last, now
+        return lap
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _restart(self) -> None:
+        self._seconds = self._waited = 0.0
+        self._steps = self._places = self._tokens = 0
+
+
+def memory(device: torch.device) -> dict[str, float | int | None]:
+    """Bytes in use by this process and the most there were: on a GPU of its tensors, else resident."""
+    if device.type == "cuda":
+        peak, allocated = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+    else:
+        allocated = psutil.Process().memory_info().rss
+        peak = max(allocated, _most_resident())
+    return {"memory_peak_bytes": peak, "memory_allocated_bytes": allocated}
+
+
+def _most_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
