@@ -116,7 +116,7 @@ def _one_picture_view(model: nn.Module) -> bool:
 def _wrap_with_fairscale(stack: Stack) -> None:
     """fairscale's wrapper keeps each block's input in host memory.
 
-    It is re-entrant: a block that runs twice in a step would reduce its gradients twice under ZeRO, hence only
+    It is re-entrant: a block that runs twice in a step would reduce its gradients twice under ZeRO, so only
     for stacks that run `once`.
     """
     from fairscale.nn.checkpoint import checkpoint_wrapper

@@ -1,0 +1,147 @@
+"""Reading a folder of reference tensors, and judging ours against them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlscale.errors import ConfigError, DataError
+
+ABSOLUTE = 1e-5  # either is enough, fp32
+RELATIVE = 1e-4  # of the largest entry of the reference tensor
+
+
+def shared_folder() -> Path | None:
+    """Where reference data lies: $VLSCALE_SHARED, or `../shared` beside the project. None where it does not.
+
+    Raises:
+        DataError: it is absent and the environment says CI.
+    """
+    beside = Path(__file__).resolve().parents[3] / "shared"
+    folder = Path(os.environ.get("VLSCALE_SHARED", beside))
+    if folder.is_dir():
+        return folder
+    if os.environ.get("CI"):
+        raise DataError(f"CI is set, but there is no reference data at {folder}; set VLSCALE_SHARED")
+    return None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of reference tensors; `outputs` files are read by `judge` only."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Folder:
+        """Raises ConfigError: no such folder, or no config.json in it."""
+        config = path / "config.json"
+        if not config.is_file():
+            raise ConfigError(f"{path} holds no config.json; name a folder of reference tensors")
+        return cls(path, json.loads(config.read_text()))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """An input file; empty where the folder has no such file."""
+        assert "outputs" not in name
+        file = self.path / name
+        return load_file(file) if file.is_file() else {}
+
+
+class Loose(NamedTuple):
+    """A tensor with entries that rounding alone decides; those stay within `slack`, others compare."""
+
+    value: Tensor
+    slack: Tensor  # same shape; 0 = compares as usual
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared tensor. `tolerance` is the largest allowed absolute difference."""
+
+    name: str
+    max_abs: float
+    rel: float
+    tolerance: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything compared, and what was not."""
+
+    system: str
+    compared: list[Row]
+    not_compared: list[dict[str, str]]
+    ok: bool
+
+    def as_json(self) -> str:
+        """The `--json` file; a difference that is not finite is null."""
+        rows = [asdict(row) for row in self.compared]
+        for row in rows:
+            for key in ("max_abs", "rel"):
+                row[key] = row[key] if torch.isfinite(torch.tensor(row[key])) else None
+        return json.dumps({**asdict(self), "compared": rows}, indent=1, allow_nan=False)
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor) -> Row:
+    """Integers and booleans must be equal; another shape or a NaN is an infinite difference."""
+    if ours.shape != theirs.shape:
+        return Row(f"{name} (shape {tuple(ours.shape)}, not {tuple(theirs.shape)})", *_never())
+    exact = not theirs.is_floating_point()
+    theirs, ours = theirs.detach().double(), ours.detach().double()
+    if theirs.numel() == 0:
+        return Row(name, 0.0, 0.0, 0.0, True)
+    largest = float(theirs.abs().max())
+    difference = float((ours - theirs).abs().max())
+    if not torch.isfinite(torch.tensor(difference)):
+        return Row(name, *_never())
+    tolerance = 0.0 if exact else max(ABSOLUTE, RELATIVE * largest)
+    relative = difference / largest if largest else (0.0 if difference == 0 else float("inf"))
+    return Row(name, difference, relative, tolerance, difference <= tolerance)
+
+
+def _never() -> tuple[float, float, float, bool]:
+    return float("inf"), float("inf"), 0.0, False
+
+
+def judge(folder: Folder, system: str, computed: Mapping[str, Mapping[str, Tensor | Loose]]) -> Report:
+    """Compare what we computed, {outputs file: {name: tensor}}, with every tensor of every outputs file.
+
+    A tensor that we have no value for fails the report.
+    """
+    compared: list[Row] = []
+    left: list[dict[str, str]] = []
+    missing = False
+    for file in sorted(folder.path.glob("*outputs*.safetensors")):
+        ours = computed.get(file.name, {})
+        for name, theirs in sorted(load_file(file).items()):
+            label = name if file.name == "outputs.safetensors" else f"{file.stem}:{name}"
+            value = ours.get(name)
+            if value is None:
+                missing = True
+                left.append({"name": label, "why": "our computation has no value of this name"})
+            elif isinstance(value, Loose) and value.value.shape == theirs.shape:
+                compared.append(_compare_loosely(label, value, theirs))
+                left.append({"name": f"{label}[{int((value.slack > 0).sum())} entries]", "why": value.why})
+            else:
+                value = value.value if isinstance(value, Loose) else value
+                compared.append(compare(label, value, theirs))
+    ok = bool(compared) and not missing and all(row.ok for row in compared)
+    return Report(system, compared, left, ok)
+
+
+def _compare_loosely(label: str, ours: Loose, theirs: Tensor) -> Row:
+    firm = ours.slack == 0
+    row = compare(label, ours.value[firm], theirs[firm])
+    within = (ours.value - theirs).abs() <= ours.slack + row.tolerance
+    return row if bool(within[~firm].all()) else Row(f"{label} (entries beyond their bound)", *_never())
