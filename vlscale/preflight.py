@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlscale.data.samples import BrokenSampleError, captions, picture, picture_field
 from vlscale.data.shards import Shards
@@ -44,7 +45,7 @@ def check(
     keep: int,
     seed: int = 0,
 ) -> Report:
-    """Whether a run on these (indexed) shards can start, and save keep + 1 checkpoints of the given size to `out`.
+    """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
 
     Samples must number at least `batch`, pictures decode, captions hold words that the vocabulary knows.
     DataError or ConfigError names the first thing that is wrong.
@@ -94,12 +95,12 @@ def _one_decodes(shards: Shards, tried: range) -> None:
 
 def check_texts(shards: Shards, looked_at: Iterable[int], tokenizer: Tokenizer, max_words: int) -> None:
     """DataError for a caption that is missing or empty, ConfigError if the vocabulary knows too few words."""
-    known: list[np.ndarray] = []
+    known: list[NDArray[np.bool_]] = []
     for i in looked_at:
         for caption in captions(shards, i):
             cleaned = clean_caption(caption, max_words)
             if not cleaned:
-                reason = f"the caption {caption!r} holds nothing but punctuation; write a text or leave it out"
+                reason = f"the caption {caption!r} is nothing but punctuation; write a text or leave it out"
                 raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
             if len(known) < SOME_TEXTS:
                 known.append(tokenizer.encode(cleaned)[1:] != tokenizer.unk)

@@ -21,14 +21,22 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for what it calls a decompression bom
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header of a JPEG, PNG or WebP. ValueError if it is none of these."""
     if data[:2] == b"\xff\xd8":
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        return width, height
+        return _jpeg_header(data)[:2]
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
         return width, height
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         return _webp_size(data)
     raise ValueError("it is not a JPEG, PNG or WebP picture" if data else "it is empty")
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+    """(width, height, colours)."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except KeyError as error:  # simplejpeg's answer to a header that ends before its sizes
+        raise ValueError("its header is damaged or cut short") from error
+    return width, height, colours
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -54,8 +62,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def _decode_jpeg(data: bytes) -> Pixels:
-    colours = simplejpeg.decode_jpeg_header(data, strict=False)[2]
-    if colours in ("CMYK", "YCCK"):
+    if _jpeg_header(data)[2] in ("CMYK", "YCCK"):
         return _decode_other(data)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data)

@@ -237,7 +237,7 @@ class Loader:
             raise ConfigError(f"seed={self._batches.seed} is not the run's; write seed={state['seed']}")
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
-                f"the shards of data.train ({self.num_samples} samples) are not those that the run began with "
+                f"the shards of data.train ({self.num_samples} samples) are not those the run began with "
                 f"({state['num_samples']} samples); name the same shards in the same order, or start anew"
             )
         self.bad_samples = state["bad_samples"]

@@ -29,7 +29,7 @@ from vlscale.errors import DataError, did_you_mean
 MAX_OPEN_FILES = 128  # shards kept open per thread; far below the usual limit of 1,024 descriptors
 INDEX_VERSION = 1
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_META = re.compile(r"(^|/)__[^/]*__($|/)")  # the WebDataset mark of a member that belongs to no sample
+_META = re.compile(r"\.|__.*__(\.|$)")  # starts of names that belong to no sample: hidden, WebDataset's own
 
 
 def cache_folder() -> Path:
@@ -116,7 +116,7 @@ def _members(path: Path) -> Iterator[_Member]:
                 if end > length:
                     raise tarfile.ReadError(f"member '{info.name}' ends behind the end of the file")
                 folder, _, name = info.name.rpartition("/")
-                if not info.isreg() or name.startswith(".") or _META.search(info.name):
+                if not info.isreg() or _META.match(name):
                     continue
                 stem, _, field = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
@@ -124,8 +124,10 @@ def _members(path: Path) -> Iterator[_Member]:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"shard {path} is not a readable tar file ({error}); {_advice(path)}") from error
-    if end >= length:
-        raise DataError(f"shard {path} is cut short (the end mark of a tar file is missing); copy it again")
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+            raise DataError(f"shard {path} is cut short or damaged at byte {end}; {_advice(path)}")
 
 
 def _advice(path: Path) -> str:
@@ -172,7 +174,7 @@ def _stamp(path: Path) -> NDArray[np.int64]:
 def _load_index(file: Path, stamp: NDArray[np.int64]) -> Index | None:
     """The cached index, or None if it is absent, damaged or of another state of the shard."""
     try:
-        with np.load(file, allow_pickle=False) as saved:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as saved:
             if not np.array_equal(saved["stamp"], stamp):
                 return None
             keys, fields = (bytes(saved[name]).decode().split("\n") for name in ("keys", "fields"))

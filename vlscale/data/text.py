@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vlscale.types import Inputs
 Ids = NDArray[np.int64]  # [L] token ids
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_LETTERS = 1000  # distinct characters of a vocabulary; rarer ones become [UNK]
 _CLEAN_UP = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
 
 
@@ -29,10 +31,10 @@ def clean_caption(text: str, max_words: int) -> str:
 
 
 def build_vocabulary(captions: Iterable[str], size: int) -> list[str]:
-    """A lower-case WordPiece vocabulary of at most `size` entries, special tokens first ([PAD] is 0).
+    """A lower-case WordPiece vocabulary of `size` entries or less, special tokens first ([PAD] is 0).
 
-    The same captions in any order give the same vocabulary: pieces are learned from the sorted captions.
-    ConfigError if `size` cannot hold the special tokens.
+    The same captions in any order give the same vocabulary. The letters are always in it, even if they alone
+    make it larger than `size`. ConfigError if `size` cannot hold more than the special tokens.
     """
     if size <= len(SPECIAL_TOKENS):
         raise ConfigError(f"a vocabulary of {size} holds no words; write a size above {len(SPECIAL_TOKENS)}")
@@ -43,11 +45,32 @@ def build_vocabulary(captions: Iterable[str], size: int) -> list[str]:
     pipeline = Pipeline(models.WordPiece(unk_token="[UNK]"))
     pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = list(SPECIAL_TOKENS)
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    pipeline.train_from_iterator(sorted(captions), trainer)
+    texts = list(captions)
+    first, inner = _letters(texts, pipeline)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        # tokenizers numbers inner letters by chance and breaks ties by number: so number them beforehand
+        special_tokens=[*SPECIAL_TOKENS, *first, *(f"##{letter}" for letter in inner)],
+        limit_alphabet=MAX_LETTERS,
+        initial_alphabet=first,
+        show_progress=False,
+    )
+    pipeline.train_from_iterator(texts, trainer)
     ids: dict[str, int] = pipeline.get_vocab()
     return sorted(ids, key=lambda token: ids[token])
+
+
+def _letters(texts: Iterable[str], pipeline: Any) -> tuple[list[str], list[str]]:
+    """The commonest letters, and those of them that stand behind another in a word; both sorted."""
+    counts: Counter[str] = Counter()
+    inner: set[str] = set()
+    for chunk, times in Counter(chunk for text in texts for chunk in text.split()).items():
+        normal = pipeline.normalizer.normalize_str(chunk)
+        for word, _ in pipeline.pre_tokenizer.pre_tokenize_str(normal):
+            counts.update(dict.fromkeys(word, times))
+            inner.update(word[1:])
+    common = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MAX_LETTERS]
+    return sorted(common), sorted(inner.intersection(common))
 
 
 def write_vocabulary(tokens: Iterable[str], path: Path) -> None:

@@ -1,0 +1,74 @@
+"""Small shards for the tests, and where the real ones are."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, write_vocabulary
+from vlscale.types import Inputs
+
+Members = list[tuple[str, bytes]]
+WORDS = ("a", "red", "blue", "green", "thing", "number", *(str(n) for n in range(64)))
+INPUTS = Inputs(image_size=16, text_length=12, separator=False)
+
+
+def shared() -> Path:
+    """The folder of real shards; the test is skipped where it is absent, but not in CI."""
+    root = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("VLSCALE_SHARED", root.parent / "shared"))
+    if not (folder / "data").is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"the real shards are not at {folder}; set VLSCALE_SHARED")
+        pytest.skip("the real shards are not here")
+    return folder / "data"
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    """A plain tar of (name, bytes)."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    return path
+
+
+def png(number: int, side: int = 24) -> bytes:
+    """A picture of its own for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    encoded = cv2.imencode(".png", pixels)[1]
+    return bytes(encoded.tobytes())
+
+
+def sample(number: int, caption: object = None, picture: bytes | None = None) -> Members:
+    """The members of sample `number`."""
+    record = {"caption": f"a red thing number {number}" if caption is None else caption}
+    return [
+        (f"s{number:03d}.png", png(number) if picture is None else picture),
+        (f"s{number:03d}.json", json.dumps(record).encode()),
+    ]
+
+
+def write_samples(folder: Path, count: int, per_shard: int, special: Mapping[int, Members]) -> str:
+    """Shards of `count` samples, some of them `special`; the glob that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, start in enumerate(range(0, count, per_shard)):
+        numbers = range(start, min(start + per_shard, count))
+        members = [member for i in numbers for member in special.get(i, sample(i))]
+        write_tar(folder / f"part-{n:03d}.tar", members)
+    return str(folder / "part-*.tar")
+
+
+def make_tokenizer(folder: Path, inputs: Inputs = INPUTS) -> Tokenizer:
+    """A tokenizer that knows `WORDS`."""
+    write_vocabulary([*SPECIAL_TOKENS, *WORDS], folder / "vocab.txt")
+    return Tokenizer(folder, inputs)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shard_files import INPUTS, make_tokenizer, sample, shared, write_samples, write_tar
+from vlscale import preflight
+from vlscale.data.samples import every_caption
+from vlscale.data.shards import Shards
+from vlscale.data.text import Tokenizer, build_vocabulary, write_vocabulary
+from vlscale.errors import ConfigError, DataError
+from vlscale.types import Inputs
+
+
+def run(folder: Path, shards: Shards, tokenizer: Tokenizer | None = None, **other: Any) -> preflight.Report:
+    options: dict[str, Any] = {
+        "batch": 4,
+        "max_words": 30,
+        "out": folder / "runs",
+        "checkpoint_bytes": 100,
+        "keep": 2,
+    }
+    return preflight.check(shards, tokenizer or make_tokenizer(folder), INPUTS, **{**options, **other})
+
+
+def make_shards(folder: Path, special: dict[int, list[tuple[str, bytes]]]) -> Shards:
+    return Shards(write_samples(folder / "shards", 12, 5, special), folder / "cache")
+
+
+def test_a_sound_start(tmp_path: Path) -> None:
+    report = run(tmp_path, make_shards(tmp_path, {}))
+    assert (report.samples, report.shards) == (12, 3)
+    assert 0 < report.seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("special", "says"),
+    [
+        ({7: sample(7, "")}, r"sample 's007' of shard .*part-001.tar: a caption in 'json' is empty"),
+        ({7: sample(7, "?!")}, r"sample 's007' .* the caption '\?!' is nothing but punctuation"),
+        ({7: sample(7)[:1]}, "sample 's007' .*has no caption"),
+        ({7: sample(7)[1:]}, "sample 's007' .*has no picture .* but json"),
+        ({i: sample(i, picture=b"x") for i in range(5, 10)}, "none of the first 5 pictures .*part-001.tar"),
+    ],
+)
+def test_unusable_samples_are_named(tmp_path: Path, special: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        run(tmp_path, make_shards(tmp_path, special))
+
+
+def test_one_broken_picture_is_left_to_the_loader(tmp_path: Path) -> None:
+    assert run(tmp_path, make_shards(tmp_path, {5: sample(5, picture=b"x")})).samples == 12
+
+
+def test_too_few_samples(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"holds 12 samples but a step takes 13; .* write data.batch=12 or less"
+    ):
+        run(tmp_path, make_shards(tmp_path, {}), batch=13)
+
+
+def test_an_empty_shard(tmp_path: Path) -> None:
+    empty = write_tar(tmp_path / "empty.tar", [])
+    with pytest.raises(DataError, match=r"shard .*empty.tar holds no samples"):
+        run(tmp_path, Shards(empty, tmp_path / "cache"))
+
+
+def test_a_foreign_vocabulary(tmp_path: Path) -> None:
+    special = {i: sample(i, "ein kleiner roter Kreis") for i in range(12)}
+    with pytest.raises(ConfigError, match=r"does not know 100% of the captions' words"):
+        run(tmp_path, make_shards(tmp_path, special))
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs has [\d.]+ GiB free but the checkpoints need 3072.0 GiB"):
+        run(tmp_path, make_shards(tmp_path, {}), checkpoint_bytes=2**40)
+
+
+def test_of_a_large_data_set_some_texts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ALL_TEXTS", 10)
+    monkeypatch.setattr(preflight, "SOME_TEXTS", 3)
+    looked_at = preflight._looked_at(make_shards(tmp_path, {}), seed=0)
+    assert {0, 5, 10} <= set(looked_at)
+    assert 3 <= len(looked_at) <= 6
+
+
+def test_real_shards(tmp_path: Path) -> None:
+    names = ("openstax_figures", "noto_emoji")
+    shards = Shards(
+        [str(shared() / "open" / name / f"{name}-val-*.tar") for name in names], tmp_path / "cache"
+    )
+    write_vocabulary(build_vocabulary(every_caption(shards), 3000), tmp_path / "vocab.txt")
+    tokenizer = Tokenizer(tmp_path, Inputs(image_size=64, text_length=25, separator=False))
+    assert run(tmp_path, shards, tokenizer).samples == 356
