@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,16 @@ NAMES = (  # what a weights folder holds, best first
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+UNREADABLE = (  # what the readers raise on cut, foreign or code-carrying files
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    struct.error,
 )
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -53,15 +64,12 @@ def read(path: str | Path) -> dict[str, Tensor]:
     file = _in_folder(path) if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"no weights at {file}; give a {', '.join(SUFFIXES)} file or a folder with one")
-    if file.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in read(file.parent / shard).items()}
     try:
-        found = load_file(file) if file.suffix == ".safetensors" else _torch_file(file)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        found = _content(file)
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file} cannot be read as plain tensors ({str(error).splitlines()[0]}); "
-            f"save it again as safetensors, or get it whole"
+            f"{file} cannot be read as plain tensors ({reason}); save it as safetensors, or get it whole"
         ) from error
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -81,7 +89,12 @@ def _in_folder(folder: Path) -> Path:
     )
 
 
-def _torch_file(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any]:
+    if file.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in read(file.parent / shard).items()}
+    if file.suffix == ".safetensors":
+        return dict(load_file(file))
     content = torch.load(file, map_location="cpu", weights_only=True)
     for part in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(part), dict):

@@ -77,7 +77,7 @@ class _Runner:
 
     def __init__(self, folder: Folder) -> None:
         self.config = folder.config
-        family = albef.build(family_config(self.config))
+        self.family = family = albef.build(family_config(self.config))
         self.itc = itc.build(itc.Config(queue=self.config["queue_size"]), family)
         self.itm = itm.build(itm.Config(epsilon=0.0, same_picture="negative"), family)
         self.mlm = mlm.build(mlm.Config(scope="rank"), family)
@@ -147,7 +147,7 @@ class _Runner:
         """The gradient of the total, averaged over ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         for losses in ranks:
-            (self.model.total(losses, {}) / len(ranks)).backward()
+            torch.autograd.backward(self.model.total(losses, {}) / len(ranks))
 
     @torch.no_grad()
     def _before(self, number: int) -> None:
@@ -174,7 +174,8 @@ class _Runner:
 
     def _gradients(self) -> Tensors:
         found = {name: parameter.grad for name, parameter in self.names.items()}
-        norms = [0.0 if found[name] is None else float(found[name].norm()) for name in self.order]
+        gradients = [found[name] for name in self.order]
+        norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
         shaped = {
             f"grad/{name}": value.clone().view(self.shapes[name])
             for name, value in found.items()
@@ -303,7 +304,7 @@ class _Recorder:
     def _layers(self) -> Tensors:
         """Outputs of blocks; a stack runs several times, and its last block tells which run is which."""
         assert self.enc is not None
-        config = self.runner.model.family.config
+        config = self.runner.family.config
         runs = {
             "text_stack": self.enc.text("masked").hidden,
             "fusion_stack": self.enc.fused("masked", "clean").text,
@@ -367,7 +368,7 @@ class _Recorder:
         return loss
 
 
-def _which(outputs: list[Tensor], wanted: Tensor) -> int:
+def _which(outputs: list[Tensor], wanted: Tensor | None) -> int:
     return next(number for number, out in enumerate(outputs) if out is wanted)
 
 

@@ -92,7 +92,7 @@ class Itc(Objective):
         """Similarity over temperature, [B, B + queue] fp32: the micro-batch's columns, then the queue's."""
         columns = queries @ keys.T
         if queue is not None:
-            stored = queries @ queue.keys.T
+            stored = queries @ queue.keys.to(queries.dtype).T
             if not queue.full_from_start:  # an unused place weighs nothing and keeps 0 * log finite
                 stored = stored.masked_fill(~queue.valid(), -1e4)
             columns = torch.cat([columns, stored], dim=1)

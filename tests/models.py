@@ -1,0 +1,58 @@
+"""Miniature models and batches that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from vlscale.families import albef
+from vlscale.model import PretrainModel
+from vlscale.objectives import itc, itm, mlm
+from vlscale.types import IGNORE, Batch, Inputs, Text, Visual
+
+
+def albef_model(
+    queue: int = 8, soften: float = 0.4, dropout: float = 0.0, layers: int = 1, seed: int = 0
+) -> PretrainModel:
+    torch.manual_seed(seed)
+    config = replace(albef.tiny(), dropout=dropout, text_layers=layers, fusion_layers=layers)
+    family = albef.build(config)
+    return PretrainModel(
+        family,
+        {
+            "itc": itc.build(itc.Config(queue=queue, soften=soften), family),
+            "itm": itm.build(itm.Config(keys="momentum" if queue or soften else "online"), family),
+            "mlm": mlm.build(mlm.Config(soften=soften), family),
+        },
+    )
+
+
+def batch_for(inputs: Inputs, vocab: int, size: int = 4, padding: int = 0, seed: int = 0) -> Batch:
+    """Pictures and captions of several lengths; `padding` more columns of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    length = inputs.text_length - 4
+    ids = torch.randint(4, vocab, (size, length), generator=generator)
+    lengths = torch.tensor([length - number % 4 for number in range(size)])
+    hidden = torch.rand(size, length, generator=generator) < 0.3
+    hidden[:, 1] = True
+    pixels = torch.randint(
+        0, 256, (size, 3, inputs.image_size, inputs.image_size), dtype=torch.uint8, generator=generator
+    )
+    width = length + padding
+    mask = torch.arange(width) < lengths[:, None]
+    ids = torch.nn.functional.pad(ids, (0, padding)) * mask
+    hidden = torch.nn.functional.pad(hidden, (0, padding)) & mask
+    return Batch(
+        text={
+            "clean": Text(ids, mask),
+            "masked": Text(ids.masked_fill(hidden, 3), mask, ids.masked_fill(~hidden, IGNORE)),
+        },
+        visual={"clean": Visual(pixels)},
+        pair_id=torch.arange(size),
+    )
+
+
+def albef_batch(size: int = 4, padding: int = 0, seed: int = 0) -> Batch:
+    config = albef.tiny()
+    return batch_for(config.inputs, config.vocab, size, padding, seed)

@@ -1,0 +1,119 @@
+"""Every family and every objective, found by walking the folders, keeps the contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import vlscale.families
+import vlscale.objectives
+from tests.models import batch_for
+from vlscale.errors import ConfigError
+from vlscale.families.base import Family
+from vlscale.model import PretrainModel
+
+# What an objective may leave untouched on its own: (part of a parameter's name, why).
+EXCUSED = {
+    "itc": ("fusion_stack",),  # it contrasts before the modalities meet
+    "itm": ("text_proj", "visual_proj", "temperature"),  # they only draw negatives
+    "mlm": ("text_proj", "visual_proj", "temperature"),  # it embeds nothing
+}
+
+
+def modules(package: ModuleType) -> list[ModuleType]:
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "base"]
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+
+
+FAMILIES = modules(vlscale.families)
+OBJECTIVES = modules(vlscale.objectives)
+PAIRS = [(family, objective) for family in FAMILIES for objective in OBJECTIVES]
+
+
+def short(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def miniature(family: ModuleType) -> tuple[Any, Family]:
+    torch.manual_seed(0)
+    config = family.tiny()
+    return config, family.build(config)
+
+
+def built(family: ModuleType, objective: ModuleType) -> tuple[Any, PretrainModel]:
+    """The family's miniature with one objective; skips a pair that cannot go together."""
+    config, network = miniature(family)
+    options = objective.Config()
+    if hasattr(options, "queue"):
+        options = dataclasses.replace(options, queue=8)
+    try:
+        return config, PretrainModel(network, {short(objective): objective.build(options, network)})
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=short)
+def test_family_file(family: ModuleType) -> None:
+    config, network = miniature(family)
+    assert config.__dataclass_params__.frozen
+    assert family.PUBLISHED.rows
+    assert network.published is family.PUBLISHED
+    assert sum(parameter.numel() for parameter in network.parameters()) < 50_000
+    assert network.inputs == config.inputs
+    assert {"encode_text", "encode_visual", "fuse"} >= set(network.flops(8))
+    for tensor in [*network.parameters(), *network.buffers()]:
+        assert tensor.ndim > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=short)
+def test_objective_file(objective: ModuleType) -> None:
+    config = objective.Config()
+    assert config.__dataclass_params__.frozen
+    assert config.weight == 1.0
+
+
+@pytest.mark.parametrize(("family", "objective"), PAIRS, ids=[f"{short(f)}-{short(o)}" for f, o in PAIRS])
+def test_pair_trains(family: ModuleType, objective: ModuleType) -> None:
+    config, model = built(family, objective)
+    batch = batch_for(config.inputs, config.vocab)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    total = model.total(model(batch, 2), model.counts(batch))
+    assert torch.isfinite(total)
+    total.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        assert parameter.ndim > 0, name
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+        elif not any(part in name for part in EXCUSED.get(short(objective), ())):
+            assert reached, f"no gradient reaches {name}"
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), f"forward changed {name}"
+    model.eval()
+    with torch.no_grad():
+        model(batch, 2)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), f"evaluation changed {name}"
+
+
+@pytest.mark.parametrize(("family", "objective"), PAIRS, ids=[f"{short(f)}-{short(o)}" for f, o in PAIRS])
+def test_asked_views_and_passes_agree(family: ModuleType, objective: ModuleType) -> None:
+    config, model = built(family, objective)
+    asked = model.objectives[short(objective)]
+    named = {part for name in asked.passes() for part in name.removeprefix("momentum.").split(":")[1:]}  # type: ignore
+    assert {view.partition(".")[2] for view in model.views()} == named
+    online, _ = asked.head_flops(batch_for(config.inputs, config.vocab))  # type: ignore[operator]
+    assert online > 0
+
+
+def test_a_zero_dimensional_parameter_is_refused() -> None:
+    _, network = miniature(FAMILIES[0])
+    network.extra = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(AssertionError, match="zero-dimensional"):
+        PretrainModel(network, {})

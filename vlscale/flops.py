@@ -1,0 +1,109 @@
+"""How much arithmetic a micro-batch costs, and how much a device can do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vlscale.model import PretrainModel
+from vlscale.types import Batch
+
+BACKWARD = 2  # a matrix product's backward pass makes two products of the same size
+RECOMPUTING = ("full", "offload", "deepspeed")  # modes that run every block a second time
+
+
+class Flops(NamedTuple):
+    """FLOPs of one micro-batch (a multiply-add counts 2), matrix products only."""
+
+    model: int  # what the method asks: online passes and heads three times, the twin's once
+    forward: int  # one forward pass, twin and heads included
+    hardware: int  # `model` and what activation checkpointing makes again
+
+
+class _Peak(NamedTuple):
+    name: str  # part of torch.cuda.get_device_name()
+    half: float  # dense bf16 (fp16 where there is no bf16) tensor-core TFLOP/s with fp32 accumulation
+    full: float  # fp32 TFLOP/s outside the tensor cores
+    bf16: bool = True
+
+
+# NVIDIA's data sheets, dense figures (half of those given "with sparsity"); the first match counts.
+PEAK = (
+    _Peak("B200", 2250.0, 80.0),  # HGX B200 data sheet, per GPU
+    _Peak("H200", 989.4, 66.9),  # H200 SXM data sheet
+    _Peak("H100 NVL", 835.5, 60.0),  # H100 data sheet, NVL column
+    _Peak("H100 PCIe", 756.0, 51.2),  # H100 PCIe data sheet
+    _Peak("H100", 989.4, 66.9),  # H100 SXM5 data sheet
+    _Peak("H800", 989.4, 66.9),  # as H100 SXM5
+    _Peak("A100", 312.0, 19.5),  # A100 data sheet
+    _Peak("A800", 312.0, 19.5),  # as A100
+    _Peak("V100", 125.0, 15.7, bf16=False),  # V100 SXM2 data sheet
+    _Peak("T4", 65.0, 8.1, bf16=False),  # T4 data sheet
+    _Peak("L40S", 362.0, 91.6),  # L40S data sheet
+    _Peak("L40", 181.0, 90.5),  # L40 data sheet
+    _Peak("L4", 121.0, 30.3),  # L4 data sheet
+    _Peak("A40", 149.7, 37.4),  # A40 data sheet
+    _Peak("A10", 125.0, 31.2),  # A10 data sheet
+    _Peak("RTX 4090", 165.2, 82.6),  # Ada architecture white paper, fp32 accumulation
+    _Peak("RTX 3090", 71.0, 35.6),  # GA102 white paper, fp32 accumulation
+)
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Dense peak of a device in FLOP/s for products of `dtype`.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` says it.
+        dtype: bfloat16, float16 or float32 (without TF32).
+
+    Returns:
+        None where it is unknown: a CPU, a device not in the table, a type it has no units for.
+    """
+    words = device_name.replace("-", " ").split()
+    for peak in PEAK:
+        if not all(word in words for word in peak.name.split()):
+            continue
+        if dtype == torch.float32:
+            return peak.full * 1e12
+        if dtype == torch.float16 or (dtype == torch.bfloat16 and peak.bf16):
+            return peak.half * 1e12
+        return None
+    return None
+
+
+def step_flops(model: PretrainModel, batch: Batch, mode: str = "none") -> Flops:
+    """FLOPs of one micro-batch of the batch's task.
+
+    Args:
+        model: its family counts its own passes, its objectives their heads.
+        batch: on the CPU (label counts are read from it).
+        mode: activation checkpointing; `selective` makes no products again where attention drops no weights.
+    """
+    asked = list(model.asked(batch.task))
+    shared: dict[str, float] = {}
+    own: list[tuple[str, float]] = []
+    for _, objective in asked:
+        for name, number in objective.passes().items():
+            if ":" in name:
+                shared[name] = max(number, shared.get(name, 0.0))
+            else:
+                own.append((name, number))
+    online = twin = 0.0
+    for name, number in [*shared.items(), *own]:
+        cost = number * _pass(model, batch, name)
+        online, twin = (online, twin + cost) if name.startswith("momentum.") else (online + cost, twin)
+    heads = [objective.head_flops(batch) for _, objective in asked]
+    trained, watched = sum(head for head, _ in heads), sum(head for _, head in heads)
+    forward = online + twin + trained + watched
+    needed = (1 + BACKWARD) * (online + trained) + twin + watched
+    again = online if mode in RECOMPUTING else 0.0
+    return Flops(round(needed), round(forward), round(needed + again))
+
+
+def _pass(model: PretrainModel, batch: Batch, name: str) -> int:
+    """FLOPs of one pass over the micro-batch; text is as long as its view's padding."""
+    verb, *views = name.removeprefix("momentum.").split(":")
+    known = [view for view in views if view in batch.text]
+    length = batch.text[known[0] if known else next(iter(batch.text))].ids.shape[1] if batch.text else 0
+    return len(batch) * model.family.flops(length)[verb]
