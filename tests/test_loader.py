@@ -23,7 +23,7 @@ from vlscale.types import Batch
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 COUNT, BATCH = 20, 8
-EVERYTHING = {
+EVERYTHING: dict[str, dict[str, dict[str, Any]]] = {
     "visual.clean": {"random_resized_crop": {}, "flip": {}, "rand_augment": {}},
     "text.clean": {},
     "text.masked": {"mask_tokens": {"prob": 0.4}},
@@ -57,7 +57,7 @@ def make_loader(shards: Shards, tokenizer: Tokenizer, **other: Any) -> Loader:
 
 def contents(batch: Batch) -> list[tuple[Any, ...]]:
     """Each sample of a batch without its padding."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for i, key in enumerate(batch.keys):
         clean, masked = batch.text["clean"], batch.text["masked"]
         assert masked.labels is not None
@@ -78,7 +78,7 @@ def serve(
         list(make_loader(shards, tokenizer, rank=rank, world=world, **other).steps(start, stop))
         for rank in range(world)
     ]
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for parts in zip(*ranks, strict=True):
         assert len({step for step, _ in parts}) == 1
         for micro_batches in zip(*(batches for _, batches in parts), strict=True):

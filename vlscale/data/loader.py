@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -182,7 +182,7 @@ class Loader:
         self.bad_samples = 0
         self.bad: list[Bad] = []
 
-    def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, start: int, stop: int) -> Generator[tuple[int, list[Batch]], None, None]:
         """(step, this rank's micro-batches) for steps start + 1 .. stop; one step is loaded ahead.
 
         Closing the iterator ends its thread and processes. DataError if the data cannot be read.
