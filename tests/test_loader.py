@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def test_nothing_is_left_behind_when_closed(shards: Shards, tokenizer: Tokenizer
         steps.close()
         assert multiprocessing.active_children() == []
         assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_workers_are_out_of_the_process_group(shards: Shards, tokenizer: Tokenizer) -> None:
+    steps = make_loader(shards, tokenizer, workers=1).steps(0, 1000)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+    steps.close()
 
 
 @pytest.mark.parametrize(

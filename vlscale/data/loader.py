@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -202,7 +203,7 @@ class Loader:
 
     def _load(self, numbers: range) -> Iterable[_Loaded]:
         if not self._workers:
-            _one_thread(0)
+            _one_thread()
             return map(self._batches.__getitem__, numbers)
         return DataLoader(
             self._batches,
@@ -211,7 +212,7 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=max(2, -(-self._place.per_step // self._workers)),
             collate_fn=_as_is,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
         )
 
     def _account(self, loaded: _Loaded) -> Batch:
@@ -262,7 +263,13 @@ def _as_is(loaded: T) -> T:
     return loaded
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    """A session of its own keeps a worker out of signals to the job's process group: its parent decides."""
+    os.setsid()
+    _one_thread()
+
+
+def _one_thread() -> None:
     """OpenCV without a thread pool of its own: the cores belong to torch and to the workers."""
     cv2.setNumThreads(0)
 
