@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Evaluate a trained model: a table for people, JSON for programs.
 
-    python launchers/evaluate.py --checkpoint runs/NAME --task retrieval --data 'shards/*-test-*.tar' --json out.json
+python launchers/evaluate.py --checkpoint runs/NAME --task retrieval --data 'shards/*-test-*.tar' --json out.json
 """
 
 from __future__ import annotations

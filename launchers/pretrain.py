@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launchers also run from a bare checkout
 
-from vlscale import console  # noqa: E402
+from vlscale import console
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -24,18 +24,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = console.parser(__doc__)
     parser.add_argument("--recipe", default="quickstart", metavar="NAME|FILE", help="default: %(default)s")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", metavar="FILE", help="DeepSpeed JSON")
-    parser.add_argument(
-        "--out", default=None, metavar="DIR", help="run folder; default runs/<recipe>-<date>-<time>"
-    )
+    parser.add_argument("--out", default=None, metavar="DIR", help="run folder; default runs/<recipe>-<date>-<time>")
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|CHECKPOINT",
         help="auto: go on where --out stopped; never: refuse a folder that holds a run; or a checkpoint to start from",
     )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="check everything, print the plan, do not train"
-    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, do not train")
     return console.parse(parser, argv)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,15 +17,18 @@ from vlscale.data import scenes
 from vlscale.data import text as text_data
 from vlscale.data import views as view_data
 from vlscale.data.loader import Loader
+from vlscale.data.samples import every_caption
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.model import PretrainModel, Task
 from vlscale.recompute import set_activation_checkpointing
+from vlscale.types import Inputs
 from vlscale.weights import init_towers
 
 VOCAB = "vocab.txt"
+MOST_CAPTIONS = 100_000  # enough for a small vocabulary
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Setting:
     device: torch.device
     train: Shards
     val: Shards
+    tokenizer: Tokenizer
 
 
 def setup(request: Request, write: bool = True) -> Setting:
@@ -58,21 +63,32 @@ def setup(request: Request, write: bool = True) -> Setting:
     if request.out is not None:
         run_folder.check(request.out, config.dump(run), request.resume)
     _threads()
-    train_shards, val_shards = open_shards(run)
+    train, val = open_shards(run)
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
+    vocabulary = distributed.from_rank_0(_vocabulary(request, out, train) if distributed.rank() == 0 else "")
+    tokenizer = _tokenizer(vocabulary, run.family.inputs)
+    if tokenizer.vocab_size > run.family.vocab:
+        raise ConfigError(
+            f"the vocabulary has {tokenizer.vocab_size} entries, but family.vocab={run.family.vocab}; "
+            f"write family.vocab={tokenizer.vocab_size}"
+        )
     preflight.check(
-        train_shards,
-        val_shards,
+        train,
+        tokenizer,
+        run.family.inputs,
         batch=run.data.batch,
+        max_words=run.text.max_words,
         out=out,
-        checkpoint_bytes=0,
+        checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
     )
+    preflight.check_pictures(val, range(min(len(val), 1)))
     if write and distributed.rank() == 0:
         run_folder.write(out, config.dump(run), ds, distributed.world_size())
+        checkpoint.write_atomically(out / VOCAB, vocabulary)
     distributed.barrier()
-    return Setting(out, ds, device, train_shards, val_shards)
+    return Setting(out, ds, device, train, val, tokenizer)
 
 
 def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
@@ -87,35 +103,14 @@ def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
     return out[0], out[1]
 
 
-def open_tokenizer(run: RunConfig, setting: Setting) -> Tokenizer:
-    """The run's vocabulary: the one given, or one built from the training captions and kept in the run folder."""
-    inputs = run.family.inputs
-    vocab = run.text.vocab
-    if vocab is None:
-        path = setting.out / VOCAB
-        if distributed.rank() == 0 and not path.is_file():
-            words = text_data.build_vocabulary(_captions(run, setting.train), run.family.vocab)
-            checkpoint.write_atomically(path, "\n".join(words) + "\n")
-        distributed.barrier()
-        vocab = str(path)
-    tokenizer = Tokenizer(vocab, length=inputs.text_length, separator=inputs.separator)
-    if tokenizer.vocab_size > run.family.vocab:
-        raise ConfigError(
-            f"text.vocab={vocab} has {tokenizer.vocab_size} entries, but family.vocab={run.family.vocab}; "
-            f"write family.vocab={tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
-def build_model(run: RunConfig, tokenizer: Tokenizer | None = None) -> PretrainModel:
+def build_model(run: RunConfig) -> PretrainModel:
     """Family + objectives + twin, the same on every rank."""
     torch.manual_seed(run.seed)
     family = config.pick("families", run.family_name).build(run.family)
     if run.init.text or run.init.vision:
         init_towers(family, run.init.text, run.init.vision)
     objectives = {
-        name: config.pick("objectives", name).build(options, family)
-        for name, options in run.objectives.items()
+        name: config.pick("objectives", name).build(options, family) for name, options in run.objectives.items()
     }
     tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
@@ -128,13 +123,13 @@ def build_model(run: RunConfig, tokenizer: Tokenizer | None = None) -> PretrainM
     return model
 
 
-def build_loader(run: RunConfig, setting: Setting, model: PretrainModel, tokenizer: Tokenizer) -> Loader:
+def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Loader:
     """The training samples of this rank."""
     wanted = {name: options for name, options in run.views.items() if name in model.views()}
     return Loader(
         setting.train,
         view_data.parse(wanted),
-        tokenizer,
+        setting.tokenizer,
         run.family.inputs,
         batch=run.data.batch,
         micro_batch=setting.ds["train_micro_batch_size_per_gpu"],
@@ -165,11 +160,33 @@ def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int)
     )
 
 
-def _captions(run: RunConfig, shards: Shards) -> Iterator[str]:
-    limit = min(len(shards), 50_000)  # captions enough for a small vocabulary
-    for index in range(limit):
-        for caption in shards.captions(index):
-            yield text_data.clean_caption(caption, run.text.max_words)
+def _vocabulary(request: Request, out: Path, train: Shards) -> str:
+    """The lines of vocab.txt: the one given, the one of the run that goes on, or one built from the captions."""
+    run = request.run
+    kept = out / VOCAB
+    if request.resume not in ("auto", "never"):
+        kept = checkpoint.run_folder(checkpoint.find(request.resume)) / VOCAB
+    if run.text.vocab is not None:
+        return text_data.find_vocabulary(Path(run.text.vocab)).read_text(encoding="utf-8")
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    cleaned = (text_data.clean_caption(caption, run.text.max_words) for caption in every_caption(train))
+    return "\n".join(text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab)) + "\n"
+
+
+def _tokenizer(vocabulary: str, inputs: Inputs) -> Tokenizer:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / VOCAB
+        path.write_text(vocabulary, encoding="utf-8")
+        return Tokenizer(path, inputs)
+
+
+def _checkpoint_bytes(run: RunConfig) -> int:
+    """About what a checkpoint takes on disk: AdamW's fp32 master and moments, the weights twice, and a twin."""
+    with torch.device("meta"):
+        family = config.pick("families", run.family_name).build(run.family)
+    parameters: int = sum(parameter.numel() for parameter in family.parameters())
+    return 26 * parameters
 
 
 def _workers(given: int | None) -> int:

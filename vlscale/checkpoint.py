@@ -125,13 +125,9 @@ def check_fits(found: Checkpoint, world: int, zero_stage: int, precision: str) -
         CheckpointError: it was saved on another number of ranks, at another ZeRO stage or precision.
     """
     here = {"world_size": world, "zero_stage": zero_stage, "precision": precision}
-    odd = [
-        f"{key} {found.state[key]} (here {value})" for key, value in here.items() if found.state[key] != value
-    ]
+    odd = [f"{key} {found.state[key]} (here {value})" for key, value in here.items() if found.state[key] != value]
     if odd:
-        raise CheckpointError(
-            f"{found.folder} was saved with {', '.join(odd)}; start the run the way it was saved"
-        )
+        raise CheckpointError(f"{found.folder} was saved with {', '.join(odd)}; start the run the way it was saved")
 
 
 def run_folder(checkpoint: Checkpoint) -> Path:

@@ -108,7 +108,7 @@ class RunConfig:
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     text: TextConfig = TextConfig()
     data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = field(default_factory=OptimConfig)
     momentum: MomentumConfig = MomentumConfig()
     init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -265,16 +265,14 @@ def build(kind: type, tree: Any, where: str) -> Any:
             raise ConfigError(f"{where}.{key} is not an option{did_you_mean(str(key), names)}")
         values[key] = _value(f"{where}.{key}", hints[key], value)
     for each in fields(kind):
-        if each.name not in values and each.default is dataclasses.MISSING:
-            if each.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"{where}.{each.name} is missing; write {where}.{each.name}=...")
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if required and each.name not in values:
+            raise ConfigError(f"{where}.{each.name} is missing; write {where}.{each.name}=...")
     return kind(**values)
 
 
 def _value(where: str, hint: Any, value: Any) -> Any:
-    nested = [
-        part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and is_dataclass(part)
-    ]
+    nested = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type) and is_dataclass(part)]
     if nested and isinstance(value, Mapping):
         return build(nested[0], value, where)
     if _takes_strings(hint) and isinstance(value, str):
@@ -311,16 +309,11 @@ def _objectives(tree: Any) -> dict[str, Any]:
     tree = _mapping(tree, "objectives")
     if not tree:
         raise ConfigError("objectives is empty; name at least one, e.g. objectives: {mlm: {}}")
-    return {
-        name: build(pick("objectives", name).Config, value, f"objectives.{name}")
-        for name, value in tree.items()
-    }
+    return {name: build(pick("objectives", name).Config, value, f"objectives.{name}") for name, value in tree.items()}
 
 
 def _tasks(tree: Any) -> dict[str, TaskConfig]:
-    return {
-        name: build(TaskConfig, value, f"tasks.{name}") for name, value in _mapping(tree, "tasks").items()
-    }
+    return {name: build(TaskConfig, value, f"tasks.{name}") for name, value in _mapping(tree, "tasks").items()}
 
 
 def _check(run: RunConfig) -> None:

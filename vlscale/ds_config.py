@@ -12,11 +12,38 @@ from vlscale.errors import ConfigError, did_you_mean
 
 # Top-level keys of a DeepSpeed configuration that make sense here; DeepSpeed itself ignores a mistyped one
 KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping steps_per_print "
-    "bf16 fp16 torch_autocast data_types zero_optimization zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer checkpoint wall_clock_breakdown comms_logger flops_profiler memory_breakdown "
-    "communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients dump_state "
-    "aio compile compression_training disable_python_gc timers tensorboard wandb csv_monitor".split()
+    {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "steps_per_print",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "data_types",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "checkpoint",
+        "wall_clock_breakdown",
+        "comms_logger",
+        "flops_profiler",
+        "memory_breakdown",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "sparse_gradients",
+        "dump_state",
+        "aio",
+        "compile",
+        "compression_training",
+        "disable_python_gc",
+        "timers",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+    }
 )
 
 
@@ -38,9 +65,7 @@ def load(path: str) -> dict[str, Any]:
         raise ConfigError(f"--ds_config {path} should hold one JSON object")
     for key in tree:
         if key in ("optimizer", "scheduler"):
-            raise ConfigError(
-                f"{path} sets '{key}'; the recipe decides that: move it to optim.* and delete it here"
-            )
+            raise ConfigError(f"{path} sets '{key}'; the recipe decides that: move it to optim.* and delete it here")
         if key not in KEYS:
             raise ConfigError(f"{path}: '{key}' is not a DeepSpeed key{did_you_mean(key, KEYS)}")
     return tree
@@ -119,9 +144,7 @@ def for_device(tree: Mapping[str, Any], path: str, cuda: bool) -> dict[str, Any]
         return dict(tree)
     if precision(tree) == "fp16":
         instead = path.replace("_fp16", "")
-        raise ConfigError(
-            f"{path} asks for fp16, which needs a GPU, and this machine shows none; use {instead} (bf16)"
-        )
+        raise ConfigError(f"{path} asks for fp16, which needs a GPU, and this machine shows none; use {instead} (bf16)")
     zero = dict(tree.get("zero_optimization", {}))
     for part in ("offload_optimizer", "offload_param"):
         if part in zero:

@@ -225,9 +225,7 @@ class DeepSpeedEngine(_Engine):
                 parameter.grad = torch.zeros_like(parameter)
         if self.dtype != torch.float32:
             return None
-        return float(
-            nn.utils.get_total_norm([parameter.grad for parameter in own if parameter.grad is not None])
-        )
+        return float(nn.utils.get_total_norm([parameter.grad for parameter in own if parameter.grad is not None]))
 
     def _forget_gradients(self) -> None:
         """ZeRO keeps a gradient until the next backward overwrites it; what no backward reaches must be zero."""
@@ -353,7 +351,5 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # else built with a C++ compiler at start-up
-    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with a C++ compiler at start-up
     return deepspeed

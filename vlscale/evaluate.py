@@ -35,11 +35,7 @@ def evaluate(
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data)) if data else build.open_shards(run)[1]
-    tokenizer = Tokenizer(
-        run.text.vocab or str(folder / build.VOCAB),
-        length=run.family.inputs.text_length,
-        separator=run.family.inputs.separator,
-    )
+    tokenizer = Tokenizer(folder / build.VOCAB, run.family.inputs)
     model = load_model(found, run)
     if "embed" not in model.family.offers:
         raise ConfigError(f"family '{run.family_name}' gives no embeddings, so it cannot be asked for {task}")

@@ -80,9 +80,7 @@ class Monitor:
             if tensorboard:
                 self._writer = _writer(out / TENSORBOARD, start + 1)
             if self._console.isatty():
-                self._bar = tqdm(
-                    total=steps, initial=start, file=self._console, unit="step", dynamic_ncols=True
-                )
+                self._bar = tqdm(total=steps, initial=start, file=self._console, unit="step", dynamic_ncols=True)
 
     def scalars(self, step: int, values: Mapping[str, Value]) -> None:
         """One line of metrics.jsonl, the same in TensorBoard, and a progress line where there is a `loss`."""

@@ -101,6 +101,4 @@ def _check_parts(where: str, parts: Iterable[str], named: list[tuple[str, Any]])
     for part in parts:
         if not any(part in name for name, _ in named):
             pieces = {piece for name, _ in named for piece in name.split(".")}
-            raise ConfigError(
-                f"{where}: no trainable parameter's name holds '{part}'{did_you_mean(part, pieces)}"
-            )
+            raise ConfigError(f"{where}: no trainable parameter's name holds '{part}'{did_you_mean(part, pieces)}")

@@ -24,9 +24,8 @@ def show(request: Request) -> int:
     """Check the data, build the model on this rank, print the plan; nothing is trained or left behind."""
     setting = build.setup(request, write=False)
     run = request.run
-    tokenizer = build.open_tokenizer(run, setting)
-    model = build.build_model(run, tokenizer)
-    loader = build.build_loader(run, setting, model, tokenizer)
+    model = build.build_model(run)
+    loader = build.build_loader(run, setting, model)
     _, batches = next(iter(loader.steps(0, 1)))
     batch = replace(batches[0], task=next(iter(model.tasks)))
     world = distributed.world_size()

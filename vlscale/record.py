@@ -12,7 +12,6 @@ from vlscale import checkpoint, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data.loader import Loader, retrieval_batches
-from vlscale.data.text import Tokenizer
 from vlscale.engine import Engine, StepReport
 from vlscale.evaluation import retrieval
 from vlscale.flops import peak_flops, step_flops
@@ -94,13 +93,13 @@ class Record:
         checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
         self._clock.skip()
 
-    def evaluate(self, step: int, tokenizer: Tokenizer) -> None:
+    def evaluate(self, step: int) -> None:
         """Retrieve among the validation pictures, where the family can."""
         if "embed" not in self._model.family.offers:
             return
         batches = retrieval_batches(
             self._setting.val,
-            tokenizer,
+            self._setting.tokenizer,
             self._run.family.inputs,
             batch=self._setting.ds["train_micro_batch_size_per_gpu"],
             rank=distributed.rank(),
@@ -108,7 +107,7 @@ class Record:
             max_words=self._run.text.max_words,
             limit=self._run.evaluation.limit,
         )
-        found = retrieval.evaluate(self._model.family, batches, self._setting.device)
+        found = retrieval.evaluate(self._model.family, batches, self._setting.device, self._setting.tokenizer.decode)
         self._monitor.scalars(step, found.metrics)
         self._monitor.pictures(step, found.examples)
         self._clock.skip()

@@ -43,13 +43,9 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
     old = yaml.safe_load((out / CONFIG).read_text())
     differing = [key for key in _differing(old, configuration) if not key.startswith(MAY_CHANGE)]
     if differing:
-        shown = ", ".join(
-            f"{key} ({_at(old, key)!r} there, {_at(configuration, key)!r} here)" for key in differing[:4]
-        )
+        shown = ", ".join(f"{key} ({_at(old, key)!r} there, {_at(configuration, key)!r} here)" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise ConfigError(
-            f"--out {out} holds another run: {shown}{more} differ; give another --out or the same keys"
-        )
+        raise ConfigError(f"--out {out} holds another run: {shown}{more} differ; give another --out or the same keys")
 
 
 def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], world: int) -> None:
@@ -86,9 +82,7 @@ def _version(package: str) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -90,8 +90,7 @@ class StepClock:
             "places": self._places,
         }
         tensors = {
-            name: torch.as_tensor(value, dtype=torch.float64, device=self._device)
-            for name, value in own.items()
+            name: torch.as_tensor(value, dtype=torch.float64, device=self._device) for name, value in own.items()
         }
         return {name: float(value) for name, value in distributed.sum_over_ranks(tensors).items()}
 

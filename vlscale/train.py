@@ -25,55 +25,52 @@ from vlscale.types import Batch
 def train(request: Request) -> int:
     """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
     run = request.run
-    with StopGuard() as guard:
-        setting = build.setup(request)
-        tokenizer = build.open_tokenizer(run, setting)
-        model = build.build_model(run, tokenizer)
-        loader = build.build_loader(run, setting, model, tokenizer)
-        machine = build.build_engine(run, setting, model)
-        start = resume(request, setting, machine)
-        monitor = Monitor(
-            setting.out,
-            steps=run.steps,
-            start=start,
-            rank=distributed.rank(),
-            tensorboard=run.logging.tensorboard,
-        )
-        monitor.say(build.describe(run, setting, model, start))
-        vote = distributed.StopVote(setting.device)
-        record = Record(run, setting, model, loader, monitor)
+    guard = StopGuard()  # stays open until the process ends
+    setting = build.setup(request)
+    model = build.build_model(run)
+    loader = build.build_loader(run, setting, model)
+    machine = build.build_engine(run, setting, model)
+    start = resume(request, setting, machine)
+    monitor = Monitor(
+        setting.out,
+        steps=run.steps,
+        start=start,
+        rank=distributed.rank(),
+        tensorboard=run.logging.tensorboard,
+    )
+    monitor.say(build.describe(run, setting, model, start))
+    vote = distributed.StopVote(setting.device)
+    record = Record(run, setting, model, loader, monitor)
 
-        for step, micro_batches in record.timed(loader.steps(start, run.steps)):
-            seed_step(run.seed, step)
-            task = pick_task(run, model, step)
-            batches = [replace(batch, task=task).to(setting.device) for batch in micro_batches]
-            shares = step_shares(model, batches)
-            losses = []
-            for number, batch in enumerate(batches):
-                loss = machine.forward(batch, step)
-                machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
-                model.commit(task)
-                losses.append(loss)
-            report = machine.step(optim.lr_at(step, run.optim, run.steps))
-            if report.applied:
-                machine.after_step(
-                    momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps)
-                )
-            record.step(step, batches, losses, shares, report)
+    for step, micro_batches in record.timed(loader.steps(start, run.steps)):
+        seed_step(run.seed, step)
+        task = pick_task(run, model, step)
+        batches = [replace(batch, task=task).to(setting.device) for batch in micro_batches]
+        shares = step_shares(model, batches)
+        losses = []
+        for number, batch in enumerate(batches):
+            loss = machine.forward(batch, step)
+            machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
+            model.commit(task)
+            losses.append(loss)
+        report = machine.step(optim.lr_at(step, run.optim, run.steps))
+        if report.applied:
+            machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
+        record.step(step, batches, losses, shares, report)
 
-            stopping = vote.agreed(guard.requested)
-            last = step == run.steps
-            if last or stopping or step % run.checkpoint.every == 0:
-                record.save(step, machine)
-            if last or (not stopping and run.evaluation.every and step % run.evaluation.every == 0):
-                record.evaluate(step, tokenizer)
-            if stopping and not last:
-                monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")
-                monitor.close()
-                return STOPPED
-        monitor.say(f"done: {run.steps} steps, in {setting.out}")
-        monitor.close()
-        return DONE
+        stopping = vote.agreed(guard.requested)
+        last = step == run.steps
+        if last or (not stopping and run.evaluation.every and step % run.evaluation.every == 0):
+            record.evaluate(step)
+        if last or stopping or step % run.checkpoint.every == 0:
+            record.save(step, machine)
+        if stopping and not last:
+            monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")
+            monitor.close()
+            return STOPPED
+    monitor.say(f"done: {run.steps} steps, in {setting.out}")
+    monitor.close()
+    return DONE
 
 
 def resume(request: Request, setting: Setting, machine: Engine) -> int:
@@ -86,9 +83,7 @@ def resume(request: Request, setting: Setting, machine: Engine) -> int:
         found = checkpoint.find(request.resume)
     if found is None:
         return 0
-    checkpoint.check_fits(
-        found, distributed.world_size(), ds_config.stage(setting.ds), ds_config.precision(setting.ds)
-    )
+    checkpoint.check_fits(found, distributed.world_size(), ds_config.stage(setting.ds), ds_config.precision(setting.ds))
     machine.load(found.folder)
     return found.step
 
@@ -117,6 +112,5 @@ def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str
     own = {name: torch.stack([count[name] for count in counts]).sum() for name in counts[0]}
     whole = distributed.sum_over_ranks(own)
     return [
-        {name: (each * passes / whole[name].clamp(min=1)).float() for name, each in count.items()}
-        for count in counts
+        {name: (each * passes / whole[name].clamp(min=1)).float() for name, each in count.items()} for count in counts
     ]
