@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from vlscale.model import PretrainModel
 from vlscale.types import Batch
 
@@ -50,25 +48,22 @@ PEAK = (
 )
 
 
-def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Dense peak of a device in FLOP/s for products of `dtype`.
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak of a device in FLOP/s.
 
     Args:
         device_name: as `torch.cuda.get_device_name()` says it.
-        dtype: bfloat16, float16 or float32 (without TF32).
+        precision: of the products: `bf16`, `fp16` or `fp32` (without TF32).
 
     Returns:
         None where it is unknown: a CPU, a device not in the table, a type it has no units for.
     """
     words = device_name.replace("-", " ").split()
     for peak in PEAK:
-        if not all(word in words for word in peak.name.split()):
-            continue
-        if dtype == torch.float32:
-            return peak.full * 1e12
-        if dtype == torch.float16 or (dtype == torch.bfloat16 and peak.bf16):
-            return peak.half * 1e12
-        return None
+        if all(word in words for word in peak.name.split()):
+            half = peak.half if precision == "fp16" or peak.bf16 else None
+            tera = {"fp32": peak.full, "fp16": half, "bf16": half}.get(precision)
+            return tera * 1e12 if tera is not None else None
     return None
 
 

@@ -17,7 +17,9 @@ from vlscale.nn.transformer import RunBlock, Stack, call_block
 MODES = ("none", "full", "selective", "offload", "deepspeed")
 
 aten = torch.ops.aten
-PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
+# Not `mm`: in a linear layer the bias is then added to its result in place (DeepSpeed's linear at ZeRO-3, torch's
+# for some layouts), and a kept result would have it added twice.
+PRODUCTS = frozenset({aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 ATTENTIONS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -36,7 +38,7 @@ def set_activation_checkpointing(
     Args:
         model: e.g. a `PretrainModel`. Calling again replaces the mode.
         mode: `none` keeps all; `full` keeps each block's input and makes the rest again; `selective` keeps
-            matrix products and attention and makes the cheap rest again; `offload` is `full` with the inputs
+            biased products and attention and makes the cheap rest again; `offload` is `full` with the inputs
             waiting in host memory; `deepspeed` is `full` by `deepspeed_checkpoint`.
         deepspeed_checkpoint: `deepspeed.checkpointing.non_reentrant_checkpoint`, from the engine.
 
@@ -66,7 +68,7 @@ def _run_block(mode: str, deepspeed_checkpoint: Callable[..., Any] | None) -> Ru
     if mode == "offload":
         return _when_training(_offload)
     if mode == "deepspeed" and deepspeed_checkpoint is not None:
-        return _when_training(deepspeed_checkpoint)
+        return _when_training(partial(_anchored, deepspeed_checkpoint))
     return call_block
 
 
@@ -105,6 +107,29 @@ def _offload(block: nn.Module, *inputs: Tensor | None) -> Any:
     pinned = any(part is not None and part.is_cuda for part in inputs)
     with save_on_cpu(pin_memory=pinned):
         return checkpoint(block, *inputs, use_reentrant=False)
+
+
+class _Anchor(torch.autograd.Function):
+    """The identity; it asks for its input in the backward pass, and so starts the second run."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return gradient
+
+
+def _anchored(run: Callable[..., Any], block: nn.Module, *inputs: Tensor | None) -> Any:
+    """DeepSpeed runs the whole block again, and ZeRO-3 frees each module's parameters as it leaves the module.
+
+    If the block's last module started that in its own backward pass, its parameters would be gone in the middle
+    of it; the anchor starts it before.
+    """
+    return run(lambda *given: _Anchor.apply(block(*given)), *inputs)  # type: ignore[no-untyped-call]
 
 
 def _one_picture_view(model: nn.Module) -> bool:
