@@ -80,7 +80,9 @@ def configuration(name: str, precision: str, accumulation: int = 1) -> dict[str,
         tree.pop("bf16", None)
         tree.pop("data_types", None)
     ranks = distributed.world_size()
-    return ds_config.merge(tree, path, ds_config.Decided("test", 4 * accumulation * ranks, 4, OPTIM.clip), ranks)
+    return ds_config.merge(
+        tree, path, ds_config.Decided("test", 4 * accumulation * ranks, 4, OPTIM.clip), ranks
+    )
 
 
 def deepspeed_series(name: str, precision: str) -> dict[str, list[float]]:

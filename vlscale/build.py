@@ -107,13 +107,13 @@ def build_model(run: RunConfig) -> PretrainModel:
     """Family + objectives + twin, the same on every rank."""
     torch.manual_seed(run.seed)
     family = config.pick("families", run.family_name).build(run.family)
-    if run.init.text or run.init.vision:
-        init_towers(family, run.init.text, run.init.vision)
     objectives = {
         name: config.pick("objectives", name).build(options, family) for name, options in run.objectives.items()
     }
     tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
+    if run.init.text or run.init.vision:
+        init_towers(model, run.init.text, run.init.vision)
     missing = model.views() - set(run.views)
     if missing:
         raise ConfigError(

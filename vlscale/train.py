@@ -77,10 +77,8 @@ def resume(request: Request, setting: Setting, machine: Engine) -> int:
     """Load the checkpoint that the run goes on from; the step it was written after, 0 for a new run."""
     if request.resume == "never":
         return 0
-    if request.resume == "auto":
-        found = checkpoint.newest(setting.out, warn=print)
-    else:
-        found = checkpoint.find(request.resume)
+    auto = request.resume == "auto"
+    found = checkpoint.newest(setting.out, warn=print) if auto else checkpoint.find(request.resume)
     if found is None:
         return 0
     checkpoint.check_fits(found, distributed.world_size(), ds_config.stage(setting.ds), ds_config.precision(setting.ds))

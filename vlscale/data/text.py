@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every forked worker
         from transformers import BertTokenizer  # a second to import: not before it is needed
 
-        tokens = _read_vocabulary(_find_vocabulary(Path(vocab).expanduser()))
+        tokens = _read_vocabulary(find_vocabulary(Path(vocab).expanduser()))
         self._tokenizer: Any = BertTokenizer(vocab=tokens).backend_tokenizer
         self.length = inputs.text_length
         self.separator = inputs.separator
@@ -109,8 +109,14 @@ class Tokenizer:
         """The token of id `i`."""
         return str(self._tokenizer.id_to_token(i))
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words that the ids stand for, special tokens left out."""
+        special = {self.pad, self.cls, self.sep}
+        return " ".join(self.token(i) for i in ids if i not in special).replace(" ##", "")
 
-def _find_vocabulary(path: Path) -> Path:
+
+def find_vocabulary(path: Path) -> Path:
+    """The vocab.txt that `path` is or holds; ConfigError if there is none."""
     file = path / "vocab.txt" if path.is_dir() else path
     if file.is_file():
         return file
