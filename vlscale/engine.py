@@ -165,6 +165,11 @@ class DeepSpeedEngine(_Engine):
             distributed.broadcast_(buffer)
         self._prepare_momentum()
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine, to measure what this class and the loop add to it."""
+        return self._ds
+
     def forward(self, batch: Batch, step: int) -> dict[str, Loss]:
         """See `Engine.forward`."""
         losses: dict[str, Loss] = self._ds(batch, step)

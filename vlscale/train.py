@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from vlscale import build, checkpoint, distributed, ds_config, optim
 from vlscale.build import Request, Setting
 from vlscale.config import RunConfig
-from vlscale.engine import Engine
+from vlscale.engine import Engine, StepReport
 from vlscale.errors import DONE, STOPPED
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
 from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
-from vlscale.types import Batch
+from vlscale.types import Batch, Loss
 
 
 def train(request: Request) -> int:
@@ -43,20 +44,7 @@ def train(request: Request) -> int:
     record = Record(run, setting, model, loader, monitor)
 
     for step, micro_batches in record.timed(loader.steps(start, run.steps)):
-        seed_step(run.seed, step)
-        task = pick_task(run, model, step)
-        batches = [replace(batch, task=task).to(setting.device) for batch in micro_batches]
-        shares = step_shares(model, batches)
-        losses = []
-        for number, batch in enumerate(batches):
-            loss = machine.forward(batch, step)
-            machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
-            model.commit(task)
-            losses.append(loss)
-        report = machine.step(optim.lr_at(step, run.optim, run.steps))
-        if report.applied:
-            machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
-        record.step(step, batches, losses, shares, report)
+        record.step(step, *one_step(run, model, machine, step, micro_batches))
 
         stopping = vote.agreed(guard.requested)
         last = step == run.steps
@@ -71,6 +59,35 @@ def train(request: Request) -> int:
     monitor.say(f"done: {run.steps} steps, in {setting.out}")
     monitor.close()
     return DONE
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step saw and gave; one entry per micro-batch of this rank."""
+
+    batches: list[Batch]  # on the device
+    losses: list[dict[str, Loss]]
+    shares: list[dict[str, Tensor]]
+    report: StepReport
+
+
+def one_step(
+    run: RunConfig, model: PretrainModel, machine: Engine, step: int, micro_batches: Sequence[Batch]
+) -> StepResult:
+    """Forward, backward, update, and the moves that follow the update; nothing is said or saved."""
+    seed_step(run.seed, step)
+    task = pick_task(run, model, step)
+    batches = [replace(batch, task=task).to(machine.device) for batch in micro_batches]
+    shares = step_shares(model, batches)
+    losses = []
+    for number, batch in enumerate(batches):
+        loss = machine.forward(batch, step)
+        machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
+        model.commit(task)
+        losses.append(loss)
+    report = machine.step(optim.lr_at(step, run.optim, run.steps))
+    if report.applied:
+        machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
+    return StepResult(batches, losses, shares, report)
 
 
 def resume(request: Request, setting: Setting, machine: Engine) -> int:
