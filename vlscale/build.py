@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder
+from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import scenes
 from vlscale.data import text as text_data
@@ -21,7 +23,7 @@ from vlscale.data.samples import every_caption
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import ConfigError
+from vlscale.errors import CheckpointError, ConfigError
 from vlscale.model import PretrainModel, Task
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Inputs
@@ -51,6 +53,23 @@ class Setting:
     train: Shards
     val: Shards
     tokenizer: Tokenizer
+    begin: Checkpoint | None  # what the run goes on from
+    warnings: tuple[str, ...]  # of rank 0; for the log, once there is one
+
+
+def finished(request: Request) -> bool:
+    """Whether `out` holds this very run with all its steps done; rank 0 says so."""
+    if request.out is None or request.resume != "auto":
+        return False
+    run_folder.check(request.out, config.dump(request.run), request.resume)
+    if checkpoint.latest_step(request.out) < request.run.steps:
+        return False
+    found = checkpoint.newest(request.out)
+    if found is None or found.step < request.run.steps:
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{request.out} holds this run, finished at step {found.step}; there is nothing left to do")
+    return True
 
 
 def setup(request: Request, write: bool = True) -> Setting:
@@ -59,14 +78,20 @@ def setup(request: Request, write: bool = True) -> Setting:
     tree = ds_config.load(request.ds_path)
     ds = ds_config.for_device(tree, request.ds_path, torch.cuda.is_available())
     decided = ds_config.Decided(run.recipe, run.data.batch, run.data.micro_batch, run.optim.clip)
-    ds = ds_config.merge(ds, request.ds_path, decided, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    ds = ds_config.merge(ds, request.ds_path, decided, world)
     if request.out is not None:
         run_folder.check(request.out, config.dump(run), request.resume)
+    warnings: list[str] = []
+    begin = _find_begin(request, warnings)
+    if begin is not None:
+        checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
     _threads()
     train, val = open_shards(run)
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
-    vocabulary = distributed.from_rank_0(_vocabulary(request, out, train) if distributed.rank() == 0 else "")
+    distributed.same_on_all_ranks("the checkpoint to go on from", str(begin and begin.folder))
+    vocabulary = distributed.from_rank_0(_vocabulary(run, begin, out, train) if distributed.rank() == 0 else "")
     tokenizer = _tokenizer(vocabulary, run.family.inputs)
     if tokenizer.vocab_size > run.family.vocab:
         raise ConfigError(
@@ -84,11 +109,14 @@ def setup(request: Request, write: bool = True) -> Setting:
         keep=run.checkpoint.keep,
     )
     preflight.check_pictures(val, range(min(len(val), 1)))
-    if write and distributed.rank() == 0:
-        run_folder.write(out, config.dump(run), ds, distributed.world_size())
-        checkpoint.write_atomically(out / VOCAB, vocabulary)
+    if write:
+        hosts = distributed.gather_objects(socket.gethostname())
+        if distributed.rank() == 0:
+            run_folder.write(out, config.dump(run), ds, [str(host) for host in hosts])
+            checkpoint.write_atomically(out / VOCAB, vocabulary)
     distributed.barrier()
-    return Setting(out, ds, device, train, val, tokenizer)
+    noted = tuple(warnings) if distributed.rank() == 0 else ()
+    return Setting(out, ds, device, train, val, tokenizer, begin, noted)
 
 
 def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
@@ -126,7 +154,7 @@ def build_model(run: RunConfig) -> PretrainModel:
 def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Loader:
     """The training samples of this rank."""
     wanted = {name: options for name, options in run.views.items() if name in model.views()}
-    return Loader(
+    loader = Loader(
         setting.train,
         view_data.parse(wanted),
         setting.tokenizer,
@@ -139,6 +167,11 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         workers=_workers(run.data.workers),
         max_words=run.text.max_words,
     )
+    if setting.begin is not None:
+        loader.load_state(setting.begin.state["loader"])
+        if distributed.rank():
+            loader.bad_samples = 0  # rank 0 goes on with the count of all
+    return loader
 
 
 def build_engine(run: RunConfig, setting: Setting, model: PretrainModel) -> DeepSpeedEngine:
@@ -160,12 +193,24 @@ def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int)
     )
 
 
-def _vocabulary(request: Request, out: Path, train: Shards) -> str:
+def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
+    """The checkpoint that the run goes on from; every rank looks for itself."""
+    if request.resume == "never" or (request.resume == "auto" and request.out is None):
+        return None
+    if request.resume == "auto":
+        assert request.out is not None
+        return checkpoint.newest(request.out, warnings.append)
+    found = checkpoint.find(request.resume, warnings.append)
+    model_keys = ("family", "objectives")
+    odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), model_keys)
+    if odd:
+        raise CheckpointError(f"--resume {request.resume} holds another model: {odd}; give its keys")
+    return found
+
+
+def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
     """The lines of vocab.txt: the one given, the one of the run that goes on, or one built from the captions."""
-    run = request.run
-    kept = out / VOCAB
-    if request.resume not in ("auto", "never"):
-        kept = checkpoint.run_folder(checkpoint.find(request.resume)) / VOCAB
+    kept = (out if begin is None else checkpoint.run_folder(begin)) / VOCAB
     if run.text.vocab is not None:
         return text_data.find_vocabulary(Path(run.text.vocab)).read_text(encoding="utf-8")
     if kept.is_file():

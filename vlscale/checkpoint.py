@@ -59,7 +59,7 @@ def save(out: Path, engine: Engine, state: Mapping[str, Any], keep: int) -> Path
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         write_atomically(root / LATEST, final.name + "\n")
-        _prune(root, keep)
+        _prune(root, final, keep)
     distributed.barrier()
     return final
 
@@ -71,17 +71,31 @@ def newest(out: Path, warn: Callable[[str], None] = lambda message: None) -> Che
         CheckpointError: there are checkpoints, and every one is broken.
     """
     folders = sorted((out / "checkpoints").glob("step_*"), reverse=True)
+    broken = []
     for folder in folders:
         try:
-            return open_checkpoint(folder)
+            found = open_checkpoint(folder)
         except CheckpointError as error:
-            warn(f"{error}; trying the one before it")
+            broken.append(str(error))
+            continue
+        for reason in broken:
+            warn(f"{reason}; going back to {found.folder.name}")
+        return found
     if folders:
-        raise CheckpointError(f"{out / 'checkpoints'} holds {len(folders)} checkpoint(s), and none is usable")
+        known = f"{len(folders)} checkpoint(s), and none is usable"
+        raise CheckpointError(f"{out / 'checkpoints'} holds {known}: {broken[0]}")
     return None
 
 
-def find(path: str) -> Checkpoint:
+def latest_step(out: Path) -> int:
+    """The step of the newest checkpoint by the file `latest`, unchecked; 0 without one."""
+    try:
+        return int((out / "checkpoints" / LATEST).read_text().strip().removeprefix("step_"))
+    except (OSError, ValueError):
+        return 0
+
+
+def find(path: str, warn: Callable[[str], None] = lambda message: None) -> Checkpoint:
     """The checkpoint that a user names: its own folder, or a run folder (its newest).
 
     Raises:
@@ -92,7 +106,7 @@ def find(path: str) -> Checkpoint:
     if not path or not folder.is_dir():
         raise ConfigError(f"'{path}' is no folder; give a run folder or one of its checkpoints/step_*")
     if (folder / "checkpoints").is_dir():
-        found = newest(folder)
+        found = newest(folder, warn)
         if found is None:
             raise CheckpointError(f"{folder} holds no checkpoint yet")
         return found
@@ -114,7 +128,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if _sha256(file) != digest:
                 raise CheckpointError(f"{file} has changed since it was written (its sha256 differs)")
         return Checkpoint(folder, json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
 
 
@@ -176,6 +190,9 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prune(root: Path, keep: int) -> None:
-    for folder in sorted(root.glob("step_*"))[:-keep]:
+def _prune(root: Path, newest: Path, keep: int) -> None:
+    """Keep `keep` up to the newest; later ones were broken or given up, hidden ones are what a kill left."""
+    complete = sorted(root.glob("step_*"))
+    place = complete.index(newest) + 1
+    for folder in (*complete[: max(0, place - keep)], *complete[place:], *root.glob(".step_*.partial")):
         shutil.rmtree(folder, ignore_errors=True)

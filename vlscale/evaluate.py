@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def evaluate(
     """
     if task not in TASKS:
         raise ConfigError(f"no task '{task}'{did_you_mean(task, TASKS)}")
-    found = checkpoint.find(path)
+    found = checkpoint.find(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data)) if data else build.open_shards(run)[1]
@@ -57,7 +59,7 @@ def evaluate(
 def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainModel:
     """The run's model with a checkpoint's weights, in the precision they were trained in."""
     weights = load_file(found.folder / checkpoint.WEIGHTS)
-    model = build.build_model(run)
+    model = build.build_model(replace(run, init=config.InitConfig()))  # every weight comes from the checkpoint
     trained = next(iter(weights.values())).dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(trained)

@@ -39,7 +39,8 @@ class Record:
             name = torch.cuda.get_device_name(setting.device)
             self._peak = peak_flops(name, ds_config.precision(setting.ds))
         self._clock = StepClock(setting.device)
-        self._skipped = 0
+        self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
+        self._named = len(loader.bad)
 
     def timed(self, steps: Any) -> Any:
         """The loader's steps, with the time spent waiting for them noted."""
@@ -55,6 +56,9 @@ class Record:
     ) -> None:
         """Note a step; at log steps, write its line."""
         self._skipped += not report.applied
+        for bad in self._loader.bad[self._named :]:
+            self._monitor.warn(f"sample '{bad.key}' of shard {bad.shard} is skipped: {bad.reason}")
+        self._named = len(self._loader.bad)
         self._clock.step(batches)
         run = self._run
         if step % run.logging.every and step not in (1, run.steps):
@@ -75,23 +79,28 @@ class Record:
         flops = step_flops(self._model, batches[0]).model * len(batches)
         values |= self._clock.read(samples_per_step=run.data.batch, ranks=ranks, flops=flops, peak=self._peak)
         values["skipped_steps"] = self._skipped
-        values["bad_samples"] = self._loader.bad_samples
+        values["bad_samples"] = self._bad_samples()
         if run.logging.sample_keys:
             values["sample_keys"] = global_keys(batches)
         self._monitor.scalars(step, values)
 
     def save(self, step: int, machine: Engine) -> None:
         """Write a checkpoint."""
+        loader = {**self._loader.state(), "bad_samples": self._bad_samples()}
         state = {
             "step": step,
             "world_size": distributed.world_size(),
             "zero_stage": ds_config.stage(self._setting.ds),
             "precision": ds_config.precision(self._setting.ds),
-            "loader": self._loader.state(),
+            "loader": loader,
             "skipped_steps": self._skipped,
         }
         checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
         self._clock.skip()
+
+    def _bad_samples(self) -> int:
+        """How many were skipped so far on all ranks."""
+        return sum(int(str(count)) for count in distributed.gather_objects(self._loader.bad_samples))
 
     def evaluate(self, step: int) -> None:
         """Retrieve among the validation pictures, where the family can."""

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vlscale import __version__
 from vlscale.checkpoint import write_atomically
 from vlscale.errors import ConfigError
 
 CONFIG = "config.yaml"
-MAY_CHANGE = ("steps", "logging.", "evaluation.")  # keys that leave a run the same
+MAY_CHANGE = ("steps", "logging", "evaluation")  # keys that leave a run the same
 
 
 def default_name(recipe: str) -> Path:
@@ -40,32 +40,42 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"--out {out} holds a run already and --resume never was given; give another --out")
-    old = yaml.safe_load((out / CONFIG).read_text())
-    differing = [key for key in _differing(old, configuration) if not key.startswith(MAY_CHANGE)]
-    if differing:
-        shown = ", ".join(f"{key} ({_at(old, key)!r} there, {_at(configuration, key)!r} here)" for key in differing[:4])
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise ConfigError(f"--out {out} holds another run: {shown}{more} differ; give another --out or the same keys")
+    differ = differing(out, configuration)
+    if differ:
+        raise ConfigError(f"--out {out} holds another run: {differ}; give another --out or the same keys")
 
 
-def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], world: int) -> None:
-    """config.yaml, ds_config.json and environment.json."""
+def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...] = ()) -> str:
+    """The keys in which the run in `out` is another one, in words; empty = the same. `among`: top-level keys."""
+    try:
+        old = yaml.safe_load((out / CONFIG).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{out / CONFIG} cannot be read ({type(error).__name__}); give another folder") from None
+    keys = [key for key in _differing(old or {}, configuration) if not _may_change(key)]
+    keys = [key for key in keys if not among or key.split(".")[0] in among]
+    shown = ", ".join(f"{key} ({_at(old, key)!r} there, {_at(configuration, key)!r} here)" for key in keys[:4])
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return f"{shown}{more} differ" if keys else ""
+
+
+def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], hosts: Sequence[str]) -> None:
+    """config.yaml, ds_config.json and environment.json; `hosts` names the machine of each rank."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / CONFIG, yaml.safe_dump(dict(configuration), sort_keys=False))
     write_atomically(out / "ds_config.json", json.dumps(dict(ds), indent=2) + "\n")
-    write_atomically(out / "environment.json", json.dumps(_environment(world), indent=2) + "\n")
+    write_atomically(out / "environment.json", json.dumps(_environment(hosts), indent=2) + "\n")
 
 
-def _environment(world: int) -> dict[str, Any]:
+def _environment(hosts: Sequence[str]) -> dict[str, Any]:
     here = Path(__file__).parent
-    packages = ("vlscale", "torch", "deepspeed", "transformers", "webdataset", "fairscale", "numpy")
+    packages = ("torch", "deepspeed", "transformers", "webdataset", "fairscale", "numpy")
     return {
         "command": sys.argv,
-        "world_size": world,
-        "host": socket.gethostname(),
+        "world_size": len(hosts),
+        "hosts": list(dict.fromkeys(hosts)),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {"vlscale": __version__} | {name: _version(name) for name in packages},
         "git_commit": _git(here, "rev-parse", "HEAD"),
         "git_diff": _git(here, "diff", "HEAD"),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -86,6 +96,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _may_change(key: str) -> bool:
+    return key.split(".")[0] in MAY_CHANGE
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -26,8 +26,9 @@ class StepClock:
         self._seconds = 0.0
         self._waited = 0.0
         self._steps = 0
-        self._places = 0
         self._tokens: int | Tensor = 0  # stays on the device until it is read
+        self._of_step: int | Tensor = 0  # tokens of the last step, and the places for them
+        self._places = 0
 
     def waiting(self, steps: Iterable[T]) -> Iterator[T]:
         """The same steps; the time that the loop waits for each is counted as waiting for data."""
@@ -45,10 +46,10 @@ class StepClock:
         """Note one optimizer step and the micro-batches that this rank gave to it."""
         self._seconds += self._lap()
         self._steps += 1
-        for batch in batches:
-            for text in batch.text.values():
-                self._tokens = self._tokens + text.mask.sum()
-                self._places += text.mask.numel()
+        masks = [text.mask for batch in batches for text in batch.text.values()]
+        self._places = sum(mask.numel() for mask in masks)
+        self._of_step = torch.stack([mask.sum() for mask in masks]).sum() if masks else 0
+        self._tokens = self._tokens + self._of_step
 
     def skip(self) -> None:
         """Leave out the time since the last step: it went into a checkpoint or an evaluation."""
@@ -61,7 +62,8 @@ class StepClock:
         """The means since the last `read`, over all ranks; every rank calls this at the same step.
 
         `flops` is what the model needs for one step on one rank, `peak` what one device could do per second
-        (None = unknown). Text tokens are counted in every view, memory is this rank's.
+        (None = unknown). Text tokens are counted in every view, memory is this rank's. `padding_fraction` is the
+        last step's alone, so that it does not depend on where a run was stopped.
         """
         self._synchronize()
         self._seconds += self._lap()
@@ -73,7 +75,7 @@ class StepClock:
             "data_wait_fraction": sums["waited"] / sums["seconds"],
             "samples_per_second": samples_per_step / seconds,
             "tokens_per_second": sums["tokens"] * ranks / sums["seconds"],
-            "padding_fraction": 1 - sums["tokens"] / sums["places"] if sums["places"] else 0.0,
+            "padding_fraction": 1 - sums["of_step"] / sums["places"] if sums["places"] else 0.0,
             "model_tflops_per_second": done / 1e12,
             "mfu": done / (ranks * peak) if peak else None,
             **memory(self._device),
@@ -87,6 +89,7 @@ class StepClock:
             "waited": self._waited,
             "steps": self._steps,
             "tokens": self._tokens,
+            "of_step": self._of_step,
             "places": self._places,
         }
         tensors = {
@@ -105,7 +108,7 @@ class StepClock:
 
     def _restart(self) -> None:
         self._seconds = self._waited = 0.0
-        self._steps = self._places = self._tokens = 0
+        self._steps = self._places = self._tokens = self._of_step = 0
 
 
 def memory(device: torch.device) -> dict[str, float | int | None]:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlscale import build, checkpoint, distributed, ds_config, optim
-from vlscale.build import Request, Setting
+from vlscale import build, distributed, optim
+from vlscale.build import Request
 from vlscale.config import RunConfig
 from vlscale.engine import Engine, StepReport
 from vlscale.errors import DONE, STOPPED
@@ -27,11 +27,15 @@ def train(request: Request) -> int:
     """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
     run = request.run
     guard = StopGuard()  # stays open until the process ends
+    if build.finished(request):
+        return DONE
     setting = build.setup(request)
     model = build.build_model(run)
     loader = build.build_loader(run, setting, model)
     machine = build.build_engine(run, setting, model)
-    start = resume(request, setting, machine)
+    start = setting.begin.step if setting.begin else 0
+    if setting.begin:
+        machine.load(setting.begin.folder)
     monitor = Monitor(
         setting.out,
         steps=run.steps,
@@ -39,6 +43,8 @@ def train(request: Request) -> int:
         rank=distributed.rank(),
         tensorboard=run.logging.tensorboard,
     )
+    for warning in setting.warnings:
+        monitor.warn(warning)
     monitor.say(build.describe(run, setting, model, start))
     vote = distributed.StopVote(setting.device)
     record = Record(run, setting, model, loader, monitor)
@@ -88,19 +94,6 @@ def one_step(
     if report.applied:
         machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
     return StepResult(batches, losses, shares, report)
-
-
-def resume(request: Request, setting: Setting, machine: Engine) -> int:
-    """Load the checkpoint that the run goes on from; the step it was written after, 0 for a new run."""
-    if request.resume == "never":
-        return 0
-    auto = request.resume == "auto"
-    found = checkpoint.newest(setting.out, warn=print) if auto else checkpoint.find(request.resume)
-    if found is None:
-        return 0
-    checkpoint.check_fits(found, distributed.world_size(), ds_config.stage(setting.ds), ds_config.precision(setting.ds))
-    machine.load(found.folder)
-    return found.step
 
 
 def seed_step(seed: int, step: int) -> None:
