@@ -24,7 +24,9 @@ from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
-from vlscale.model import PretrainModel, Task
+from vlscale.families.base import Family
+from vlscale.model import PretrainModel, Task, check_served
+from vlscale.objectives.base import Objective
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Inputs
 from vlscale.weights import init_towers
@@ -135,9 +137,7 @@ def build_model(run: RunConfig) -> PretrainModel:
     """Family + objectives + twin, the same on every rank."""
     torch.manual_seed(run.seed)
     family = config.pick("families", run.family_name).build(run.family)
-    objectives = {
-        name: config.pick("objectives", name).build(options, family) for name, options in run.objectives.items()
-    }
+    objectives = {name: _objective(name, options, family) for name, options in run.objectives.items()}
     tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
     if run.init.text or run.init.vision:
@@ -191,6 +191,16 @@ def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int)
         f"{distributed.world_size()} {setting.device.type} rank(s), ZeRO {ds_config.stage(setting.ds)} "
         f"{ds_config.precision(setting.ds)}, {run.steps} steps, in {setting.out}{going_on}"
     )
+
+
+def _objective(name: str, options: Any, family: Family) -> Objective:
+    """Built after asking whether the family can serve it: building reads what only some families have."""
+    module = config.pick("objectives", name)
+    for kind in vars(module).values():
+        if isinstance(kind, type) and issubclass(kind, Objective) and kind.__module__ == module.__name__:
+            check_served(name, kind.needs, family)
+    made: Objective = module.build(options, family)
+    return made
 
 
 def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:

@@ -128,6 +128,19 @@ SECTIONS = {
     "logging": LoggingConfig,
 }
 PLAIN = {"steps": int, "seed": int, "activation_checkpointing": str}
+AT_LEAST_1 = (
+    "steps",
+    "data.batch",
+    "data.micro_batch",
+    "text.max_words",
+    "optim.warmup_stair",
+    "optim.stair",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "evaluation.limit",
+    "logging.every",
+)
+AT_LEAST_0 = ("seed", "data.workers", "optim.lr", "optim.warmup", "optim.clip", "evaluation.every")
 KEYS = (*PLAIN, *SECTIONS, "family", "objectives", "views", "tasks")
 
 
@@ -216,7 +229,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
         tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} should hold 'key: value' lines (got {type(tree).__name__})")
@@ -277,6 +290,8 @@ def _value(where: str, hint: Any, value: Any) -> Any:
         return build(nested[0], value, where)
     if _takes_strings(hint) and isinstance(value, str):
         value = (value,)
+    if isinstance(value, bool) and hint in (int, float, int | None, float | None):
+        raise ConfigError(f"{where}: should be a number (got {str(value).lower()})")  # pydantic would take 1 or 0
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
@@ -317,22 +332,26 @@ def _tasks(tree: Any) -> dict[str, TaskConfig]:
 
 
 def _check(run: RunConfig) -> None:
-    at_least = {
-        "steps": run.steps,
-        "data.batch": run.data.batch,
-        "data.micro_batch": 1 if run.data.micro_batch is None else run.data.micro_batch,
-        "checkpoint.every": run.checkpoint.every,
-        "checkpoint.keep": run.checkpoint.keep,
-        "logging.every": run.logging.every,
-    }
-    for key, value in at_least.items():
-        if value < 1:
-            raise ConfigError(f"{key} should be at least 1 (got {value})")
+    for key in AT_LEAST_1:
+        _at_least(1, run, key)
+    for key in AT_LEAST_0:
+        _at_least(0, run, key)
     for name, task in run.tasks.items():
+        if not task.share > 0:
+            raise ConfigError(f"tasks.{name}.share should be above 0 (got {task.share}); leave the task out instead")
+        if not task.objectives:
+            raise ConfigError(f"tasks.{name}.objectives is empty; name at least one of {', '.join(run.objectives)}")
         for objective in task.objectives:
             if objective not in run.objectives:
                 known = did_you_mean(objective, run.objectives)
                 raise ConfigError(f"tasks.{name}.objectives: '{objective}' is not under objectives{known}")
+
+
+def _at_least(least: int, run: RunConfig, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    value = getattr(getattr(run, section) if section else run, name)
+    if value is not None and not value >= least:
+        raise ConfigError(f"{key} should be at least {least} (got {value})")
 
 
 def _plain(value: Any) -> Any:

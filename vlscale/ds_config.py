@@ -47,6 +47,10 @@ KEYS = frozenset(
 )
 
 
+COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization", "checkpoint")
+
+
 def load(path: str) -> dict[str, Any]:
     """A DeepSpeed JSON file.
 
@@ -68,6 +72,16 @@ def load(path: str) -> dict[str, Any]:
             raise ConfigError(f"{path} sets '{key}'; the recipe decides that: move it to optim.* and delete it here")
         if key not in KEYS:
             raise ConfigError(f"{path}: '{key}' is not a DeepSpeed key{did_you_mean(key, KEYS)}")
+    for key in SECTIONS:
+        if not isinstance(tree.get(key, {}), dict):
+            raise ConfigError(f'{path}: {key} should hold an object such as {{"enabled": true}} (got {tree[key]!r})')
+    for key in COUNTS:
+        given = tree.get(key, "auto")
+        if given != "auto" and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise ConfigError(f'{path}: {key} should be a whole number from 1, or "auto" (got {given!r})')
+    given = tree.get("zero_optimization", {}).get("stage", 0)
+    if given not in (0, 1, 2, 3) or isinstance(given, bool):
+        raise ConfigError(f"{path}: zero_optimization.stage should be 0, 1, 2 or 3 (got {given!r})")
     return tree
 
 
@@ -143,8 +157,9 @@ def for_device(tree: Mapping[str, Any], path: str, cuda: bool) -> dict[str, Any]
     if cuda:
         return dict(tree)
     if precision(tree) == "fp16":
-        instead = path.replace("_fp16", "")
-        raise ConfigError(f"{path} asks for fp16, which needs a GPU, and this machine shows none; use {instead} (bf16)")
+        other = path.replace("_fp16", "")
+        instead = f"use {other} (bf16)" if other != path else 'write "bf16": {"enabled": true} instead of fp16'
+        raise ConfigError(f"{path} asks for fp16, which needs a GPU, and this machine shows none; {instead}")
     zero = dict(tree.get("zero_optimization", {}))
     for part in ("offload_optimizer", "offload_param"):
         if part in zero:

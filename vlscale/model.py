@@ -90,7 +90,7 @@ class PretrainModel(nn.Module):
     ) -> None:
         super().__init__()
         for name, objective in objectives.items():
-            _check_served(name, objective, family)
+            check_served(name, objective.needs, family)
         self.family = family
         self.objectives = nn.ModuleDict(objectives)
         self.tasks = dict(tasks) if tasks else {"all": Task(tuple(objectives))}
@@ -161,11 +161,12 @@ class PretrainModel(nn.Module):
         return [(buffer, targets[name]) for name, buffer in self.family.named_buffers()]
 
 
-def _check_served(name: str, objective: Objective, family: Family) -> None:
-    missing = objective.needs - family.offers
+def check_served(name: str, needs: frozenset[str], family: Family) -> None:
+    """ConfigError if an objective needs something that the family does not offer."""
+    missing = needs - family.offers
     if missing:
         raise ConfigError(
-            f"objective '{name}' needs {sorted(objective.needs)}, but family "
+            f"objective '{name}' needs {sorted(needs)}, but family "
             f"'{type(family).__name__}' offers {sorted(family.offers)}; "
             f"take it out of objectives or choose a family that offers {sorted(missing)}"
         )

@@ -64,10 +64,11 @@ def groups(named_parameters: Iterable[tuple[str, Any]], config: OptimConfig) -> 
     `no_decay`; `decay_always` overrules. The first entry of `scale` that is part of the name sets the factor.
 
     Raises:
-        ConfigError: an entry of `scale` or `decay_always` matches no parameter.
+        ConfigError: an entry of `scale`, `no_decay` or `decay_always` matches no parameter.
     """
     trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     _check_parts("optim.scale", config.scale, trainable)
+    _check_parts("optim.no_decay", set(config.no_decay) - {"one_dimensional", "bias"}, trainable)
     _check_parts("optim.decay_always", config.decay_always, trainable)
     out: dict[str, Group] = {}
     for name, parameter in trainable:
