@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_a_plain_warmup_and_cosine() -> None:
     assert found[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
     assert found[8] == pytest.approx(0.6)  # half of the 8 steps after the warm-up
     assert found[11] == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi * 7 / 8)))
-    assert all(later < earlier for earlier, later in zip(found[4:], found[5:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(found[4:]))
 
 
 def test_linear_and_constant() -> None:

@@ -49,13 +49,15 @@ def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...
     """The keys in which the run in `out` is another one, in words; empty = the same. `among`: top-level keys."""
     try:
         old = yaml.safe_load((out / CONFIG).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{out / CONFIG} cannot be read ({type(error).__name__}); give another folder") from None
-    keys = [key for key in _differing(old or {}, configuration) if not _may_change(key)]
-    keys = [key for key in keys if not among or key.split(".")[0] in among]
-    shown = ", ".join(f"{key} ({_at(old, key)!r} there, {_at(configuration, key)!r} here)" for key in keys[:4])
-    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-    return f"{shown}{more} differ" if keys else ""
+    except (OSError, ValueError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):
+        raise ConfigError(f"{out / CONFIG} cannot be read as a run's configuration; give another folder")
+    found = [each for each in _differing(old, configuration) if not _may_change(each[0])]
+    found = [each for each in found if not among or each[0].split(".")[0] in among]
+    shown = ", ".join(f"{key} ({before!r} there, {after!r} here)" for key, before, after in found[:4])
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"{shown}{more} differ" if found else ""
 
 
 def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], hosts: Sequence[str]) -> None:
@@ -102,18 +104,13 @@ def _may_change(key: str) -> bool:
     return key.split(".")[0] in MAY_CHANGE
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    out: list[str] = []
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever they differ."""
+    out: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             out.extend(_differing(before, after, f"{prefix}{key}."))
         elif before != after:
-            out.append(f"{prefix}{key}")
+            out.append((f"{prefix}{key}", before, after))
     return out
-
-
-def _at(tree: Any, path: str) -> Any:
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
