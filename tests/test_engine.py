@@ -14,7 +14,7 @@ from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine, LocalEngine
 from vlscale.families import albef
 from vlscale.model import PretrainModel, Task
-from vlscale.objectives import itc, itm, mlm
+from vlscale.objectives import itc, mlm
 from vlscale.optim import OptimConfig
 from vlscale.types import IGNORE, Batch, Text, Visual
 
@@ -75,25 +75,24 @@ def series(engine: Any, ranks: list[int]) -> dict[str, list[float]]:
 
 def configuration(name: str, precision: str, accumulation: int = 1) -> dict[str, Any]:
     path = str(FILES / f"{name}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, cuda=False)
+    tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
     if precision == "fp32":
         tree.pop("bf16", None)
         tree.pop("data_types", None)
     ranks = distributed.world_size()
-    return ds_config.merge(
-        tree, path, ds_config.Decided("test", 4 * accumulation * ranks, 4, OPTIM.clip), ranks
-    )
+    return ds_config.merge(tree, path, ds_config.Decided("test", 4 * accumulation * ranks, 4, OPTIM.clip), ranks)
 
 
 def deepspeed_series(name: str, precision: str) -> dict[str, list[float]]:
-    engine = DeepSpeedEngine(tiny_model(), configuration(name, precision), OPTIM, torch.device("cpu"))
+    engine = DeepSpeedEngine(tiny_model(), configuration(name, precision), OPTIM, distributed.init())
     return series(engine, [distributed.rank()])
 
 
-def local_series(ranks: list[int]) -> dict[str, list[float]]:
-    return series(LocalEngine(tiny_model(), OPTIM, torch.device("cpu"), accumulation=len(ranks)), ranks)
+def local_series(ranks: list[int], device: str = "cpu") -> dict[str, list[float]]:
+    return series(LocalEngine(tiny_model(), OPTIM, torch.device(device), accumulation=len(ranks)), ranks)
 
 
+NOISE = {"fp32": 1e-5, "bf16": 1e-2}  # norms: AdamW moves a key's bias, whose gradient is rounding and no more
 FP32 = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
@@ -102,7 +101,7 @@ def test_every_stage_equals_plain_pytorch_in_fp32(name: str) -> None:
     expected = local_series([0])
     (found,) = run_ranks(deepspeed_series, 1, name, "fp32")
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+        assert found[key] == pytest.approx(values, rel=1e-4, abs=NOISE["fp32"]), key
 
 
 @pytest.mark.parametrize("name", FP32)
@@ -111,4 +110,4 @@ def test_two_ranks_agree_across_stages_and_in_bf16(name: str) -> None:
     assert first == second
     (reference, _) = run_ranks(deepspeed_series, 2, "zero0", "fp32")
     assert first["loss"] == pytest.approx(reference["loss"], rel=2e-2)
-    assert first["twin"] == pytest.approx(reference["twin"], rel=2e-2)
+    assert first["twin"] == pytest.approx(reference["twin"], rel=2e-2, abs=NOISE["bf16"])

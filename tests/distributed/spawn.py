@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import connection, forkserver
 from typing import Any
 from unittest import mock
@@ -18,15 +18,19 @@ from unittest import mock
 CPU_ONLY = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0, cuda: bool = False
+) -> list[Any]:
     """`function(*args)` on `world` ranks in one process group; what each returned, in rank order.
+
+    The ranks are gloo ranks on the CPU, or with `cuda` one per GPU.
 
     `function` lives at the top of a module, and what it takes and returns can be pickled. The ranks see the
     environment of this process as it is now. The first exception of a rank is raised here, with that rank's
     traceback as its cause. No process is left behind: not after an exception, not after `timeout` seconds
     (TimeoutError), not when this process is killed.
     """
-    processes, pipes = _start(function, world, args)
+    processes, pipes = _start(function, world, args, cuda)
     try:
         return _collect(pipes, time.monotonic() + timeout)
     finally:
@@ -46,13 +50,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(function: Callable[..., Any], world: int, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])  # imported once, not once per rank and test
-    environment = {**os.environ, **CPU_ONLY, "WORLD_SIZE": str(world)}
+def _start(function: Callable[..., Any], world: int, args: tuple[Any, ...], cuda: bool) -> tuple[list[Any], list[Any]]:
+    context: Any = multiprocessing.get_context("spawn" if cuda else "forkserver")
+    if not cuda:
+        context.set_forkserver_preload(["torch", "deepspeed"])  # imported once, not once per rank and test
+    environment = {**os.environ, **({} if cuda else CPU_ONLY), "WORLD_SIZE": str(world)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, pipes = [], []
-    with _fork_server():
+    with nullcontext() if cuda else _fork_server():
         for rank in range(world):
             ours, theirs = context.Pipe()
             of_rank = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
