@@ -139,7 +139,7 @@ def benchmark(request: Request, *, steps: int = 50, warmup: int = 10, against: s
     request = replace(request, out=None, resume="never")
     guard = StopGuard()
     load_before = _load_average()
-    setting = build.setup(request, write=False)
+    setting = build.setup(request)
     model = build.build_model(run)
     parts = _Parts(request, setting, model, build.build_engine(run, setting, model), guard)
     block = run.logging.every if against else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from vlscale.data.samples import every_caption
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import CheckpointError, ConfigError
+from vlscale.errors import CheckpointError, ConfigError, VlscaleError
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
@@ -55,6 +56,7 @@ class Setting:
     train: Shards
     val: Shards
     tokenizer: Tokenizer
+    vocabulary: str  # the lines of its vocab.txt
     begin: Checkpoint | None  # what the run goes on from
     warnings: tuple[str, ...]  # of rank 0; for the log, once there is one
 
@@ -74,8 +76,8 @@ def finished(request: Request) -> bool:
     return True
 
 
-def setup(request: Request, write: bool = True) -> Setting:
-    """Check everything that can be checked without a model, join the group, write the run folder."""
+def setup(request: Request) -> Setting:
+    """Check everything that can be checked without a model, and join the group. Nothing is written."""
     run = request.run
     tree = ds_config.load(request.ds_path)
     ds = ds_config.for_device(tree, request.ds_path, torch.cuda.is_available())
@@ -93,7 +95,7 @@ def setup(request: Request, write: bool = True) -> Setting:
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     distributed.same_on_all_ranks("the checkpoint to go on from", str(begin and begin.folder))
-    vocabulary = distributed.from_rank_0(_vocabulary(run, begin, out, train) if distributed.rank() == 0 else "")
+    vocabulary = _from_rank_0(lambda: _vocabulary(run, begin, out, train))
     tokenizer = _tokenizer(vocabulary, run.family.inputs)
     if tokenizer.vocab_size > run.family.vocab:
         raise ConfigError(
@@ -111,14 +113,17 @@ def setup(request: Request, write: bool = True) -> Setting:
         keep=run.checkpoint.keep,
     )
     preflight.check_pictures(val, range(min(len(val), 1)))
-    if write:
-        hosts = distributed.gather_objects(socket.gethostname())
-        if distributed.rank() == 0:
-            run_folder.write(out, config.dump(run), ds, [str(host) for host in hosts])
-            checkpoint.write_atomically(out / VOCAB, vocabulary)
-    distributed.barrier()
     noted = tuple(warnings) if distributed.rank() == 0 else ()
-    return Setting(out, ds, device, train, val, tokenizer, begin, noted)
+    return Setting(out, ds, device, train, val, tokenizer, vocabulary, begin, noted)
+
+
+def write_folder(run: RunConfig, setting: Setting) -> None:
+    """What a run folder holds before step 1; only when all is built, so that a mistake leaves no folder behind."""
+    hosts = distributed.gather_objects(socket.gethostname())
+    if distributed.rank() == 0:
+        run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
+        checkpoint.write_atomically(setting.out / VOCAB, setting.vocabulary)
+    distributed.barrier()
 
 
 def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
@@ -216,6 +221,21 @@ def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
     if odd:
         raise CheckpointError(f"--resume {request.resume} holds another model: {odd}; give its keys")
     return found
+
+
+def _from_rank_0(make: Callable[[], str]) -> str:
+    """What rank 0 makes, on every rank; its mistake is every rank's, so that all end with the same code."""
+    text, failure = "", None
+    if distributed.rank() == 0:
+        try:
+            text = make()
+        except VlscaleError as error:
+            failure = error
+    code, message = distributed.from_rank_0(f"{failure.exit_code} {failure}" if failure else "0 ").split(" ", 1)
+    if code != "0":
+        kinds = {str(kind.exit_code): kind for kind in VlscaleError.__subclasses__()}
+        raise failure or kinds[code](message)
+    return distributed.from_rank_0(text)
 
 
 def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vlscale import distributed, ds_config, optim
+from vlscale.errors import ConfigError
 from vlscale.model import PretrainModel
 from vlscale.nn import momentum
 from vlscale.types import Batch, Loss
@@ -151,12 +153,17 @@ class DeepSpeedEngine(_Engine):
         self._offload = bool(config.get("zero_optimization", {}).get("offload_optimizer"))
         model.to(device)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints its memory
-            self._ds, self._optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=_adamw(model, optim_config),
-                config=dict(config),
-                dist_init_required=False,
-            )
+            try:
+                self._ds, self._optimizer, _, _ = deepspeed.initialize(
+                    model=model,
+                    optimizer=_adamw(model, optim_config),
+                    config=dict(config),
+                    dist_init_required=False,
+                )
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in first["loc"])
+                raise ConfigError(f"DeepSpeed refuses the ds_config at {where}: {first['msg']}") from None
         self.dtype = next(iter(model.parameters())).dtype
         if self.stage == 0 and self.dtype != torch.float32:
             # this wrapper has made a step with zero gradients by now: harmless at learning rate 0, but counted

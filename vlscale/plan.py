@@ -22,7 +22,7 @@ ASSUMED_MFU = 0.35  # share of the peak that the time is stated for
 
 def show(request: Request) -> int:
     """Check the data, build the model on this rank, print the plan; nothing is trained or left behind."""
-    setting = build.setup(request, write=False)
+    setting = build.setup(request)
     run = request.run
     model = build.build_model(run)
     loader = build.build_loader(run, setting, model)

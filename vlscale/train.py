@@ -36,6 +36,7 @@ def train(request: Request) -> int:
     start = setting.begin.step if setting.begin else 0
     if setting.begin:
         machine.load(setting.begin.folder)
+    build.write_folder(run, setting)
     monitor = Monitor(
         setting.out,
         steps=run.steps,

@@ -1,0 +1,75 @@
+"""Real runs of a very small model, for tests of what happens around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    *("data.batch=8", "family.visual_width=32", "family.visual_heads=2", "family.visual_intermediate=64"),
+    *("family.visual_layers=1", "family.text_layers=1", "family.fusion_layers=1", "family.hidden=32"),
+    *("family.heads=2", "family.intermediate=64", "family.patch=16", "objectives.itc.queue=32"),
+    *("evaluation.limit=32", "evaluation.every=0", "logging.every=1", "family.dropout=0.1"),
+)
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def environment() -> dict[str, str]:
+    """Of a single process on a CPU, whatever this one was started by."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def launch(launcher: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`python launchers/<launcher>.py ...`, to its end."""
+    command = [sys.executable, f"launchers/{launcher}.py", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def pretrain(out: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A run of the tiny model; the test fails unless it ends with `code`."""
+    done = launch("pretrain", "--out", str(out), *TINY, *arguments)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def stop_at(out: Path, step: int, number: signal.Signals, *arguments: str) -> int:
+    """The same run, sent a signal once it has logged `step`; its exit code."""
+    command = [sys.executable, "launchers/pretrain.py", "--out", str(out), *TINY, *arguments]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end and last_step(out) < step:
+            time.sleep(0.002)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+    assert last_step(out) >= step, said
+    return process.returncode
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def last_step(out: Path) -> int:
+    """The last step that was logged, 0 before the first."""
+    return max((line["step"] for line in metrics(out)), default=0)
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each logged step."""
+    return [line["loss"] for line in metrics(out) if "loss" in line]
