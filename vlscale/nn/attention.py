@@ -27,8 +27,24 @@ def attend(
     query, key, value = (
         part.view(*part.shape[:2], heads, width).transpose(1, 2) for part in (query, key, value)
     )
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
+        out = _products(query, key, value, mask, dropout)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The same as two matrix products around a softmax.
+
+    For training in 16 bits on a CPU: torch 2.13's fused kernel has a backward pass there that took 5 to 8 times
+    as long ([64, 4, 65, 32] bf16, two cores with AMX: 48 ms against 6 ms, forward and backward together).
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)  # the kernel reads and writes 16 bits and computes in fp32
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
 def attention_mask(mask: Tensor | None, causal: bool = False) -> Tensor | None:
