@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from tests.distributed.spawn import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     *("data.batch=8", "family.visual_width=32", "family.visual_heads=2", "family.visual_intermediate=64"),
@@ -35,26 +39,46 @@ def launch(launcher: str, *arguments: str, timeout: float = 120) -> subprocess.C
     )
 
 
-def pretrain(out: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """A run of the tiny model; the test fails unless it ends with `code`."""
-    done = launch("pretrain", "--out", str(out), *TINY, *arguments)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def pretrain_command(world: int, out: Path, *arguments: str) -> list[str]:
+    """The tiny run in one process, or on several ranks under torchrun."""
+    run = ["launchers/pretrain.py", "--out", str(out), *TINY, *arguments]
+    if world == 1:
+        return [sys.executable, *run]
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
+    return [sys.executable, *several, *run]
 
 
-def stop_at(out: Path, step: int, number: signal.Signals, *arguments: str) -> int:
-    """The same run, sent a signal once it has logged `step`; its exit code."""
-    command = [sys.executable, "launchers/pretrain.py", "--out", str(out), *TINY, *arguments]
+def run_whole(world: int, out: Path, *arguments: str) -> str:
+    """The tiny run to its end, which the test expects to be a good one; what it printed."""
+    command = pretrain_command(world, out, *arguments)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert world > 1 or done.stderr == "", done.stderr
+    return done.stdout
+
+
+def stop_at(world: int, out: Path, step: int, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """The tiny run, sent a signal (a KILL: each of its processes) once it has logged `step`; code and output."""
+    before = last_step(out)
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        pretrain_command(world, out, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
-        end = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < end and last_step(out) < step:
-            time.sleep(0.002)
+        end = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < end and not before < last_step(out) >= step:
+            time.sleep(0.005)
+        if number == signal.SIGKILL:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
         process.send_signal(number)
         said = process.communicate(timeout=60)[0]
-    assert last_step(out) >= step, said
-    return process.returncode
+    return process.returncode, said
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, TINY, environment, launch, metrics, pretrain
+from tests.runs import ROOT, TINY, environment, launch, metrics, run_whole
 from tests.shard_files import sample, write_samples
 from vlscale.errors import DONE
 
@@ -149,23 +149,20 @@ def test_evaluate_mistakes(tmp_path: Path) -> None:
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = pretrain(out, "--dry_run", "steps=40")
-    assert done.stderr == ""
+    said = run_whole(1, out, "--dry_run", "steps=40")
     for word in ("parameters", "memory per rank, ZeRO 2", "samples per step", "TFLOPs per step", "steps", "time"):
-        assert word in done.stdout
+        assert word in said
     assert not out.exists()
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = pretrain(out, "steps=2")
-    assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == f"done: 2 steps, in {out}"
+    assert run_whole(1, out, "steps=2").splitlines()[-1] == f"done: 2 steps, in {out}"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     began = time.monotonic()
-    again = pretrain(out, "steps=2")
+    again = run_whole(1, out, "steps=2")
     assert time.monotonic() - began < 5
-    assert again.stdout == f"{out} holds this run, finished at step 2; there is nothing left to do\n"
+    assert again == f"{out} holds this run, finished at step 2; there is nothing left to do\n"
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
     assert "seed (1 there, 2 here) differ" in refusal("--out", str(out), *TINY, "steps=2", "seed=2")
@@ -175,8 +172,8 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     fp32 = refusal("--ds_config", "ds_configs/fp32.json", "--out", str(out), *TINY, "steps=4", code=5)
     assert "was saved with zero_stage 2 (here 0), precision bf16 (here fp32)" in fp32
 
-    longer = pretrain(out, "steps=3", "--recipe", str(out / "config.yaml"))
-    assert "going on after step 2" in longer.stdout
+    longer = run_whole(1, out, "steps=3", "--recipe", str(out / "config.yaml"))
+    assert "going on after step 2" in longer
     assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 3]
 
 

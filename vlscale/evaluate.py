@@ -60,9 +60,9 @@ def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainM
     """The run's model with a checkpoint's weights, in the precision they were trained in."""
     weights = load_file(found.folder / checkpoint.WEIGHTS)
     model = build.build_model(replace(run, init=config.InitConfig()))  # every weight comes from the checkpoint
-    trained = next(iter(weights.values())).dtype
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(trained)
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = parameter.data.to(weights[name].dtype)
     missing, surplus = model.load_state_dict(weights, strict=False)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(weights)
     if surplus or set(missing) - tied:

@@ -1,0 +1,289 @@
+"""Whole runs: what they leave behind, that a cut changes nothing, and that the way they are spread does not either."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed.spawn import run_ranks
+from tests.runs import ROOT, TINY, launch, losses, metrics, run_whole, stop_at
+from vlscale import config
+from vlscale.errors import DONE, STOPPED
+
+STEPS = 32
+CUT = ("steps=32", "checkpoint.every=5", "logging.every=2", "evaluation.every=16", "logging.sample_keys=true")
+MEASURED = {  # what differs from run to run, being time and memory
+    "seconds_per_step",
+    "data_wait_fraction",
+    "samples_per_second",
+    "tokens_per_second",
+    "model_tflops_per_second",
+    "memory_peak_bytes",
+    "memory_allocated_bytes",
+}
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured by the clock."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps of the tiny model at ZeRO 2, never disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run_whole(1, out, *CUT)
+    return out
+
+
+# --- what a run leaves behind ------------------------------------------------------------------------------
+
+
+def test_the_run_folder(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.yaml", "ds_config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"),
+        *("log.txt", "vocab.txt"),
+    }
+    assert list((finished / "tensorboard").glob("events.*"))
+    assert (finished / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}\n"
+    assert sorted(path.name for path in (finished / "checkpoints").glob("step_*")) == [
+        *("step_00000030", "step_00000032"),
+    ]
+    expected = config.load("quickstart", [*TINY, *CUT])
+    assert config.load(str(finished / "config.yaml")) == expected
+    ds = json.loads((finished / "ds_config.json").read_text())
+    assert ds["zero_optimization"]["stage"] == 2
+    assert (ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (
+        8,
+        8,
+        1,
+    )
+    said = (finished / "log.txt").read_text()
+    assert "step 2/32  loss " in said
+    assert f"done: {STEPS} steps" in said
+
+
+def test_the_keys_of_a_line(finished: Path) -> None:
+    lines = [line for line in metrics(finished) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, *range(2, STEPS + 1, 2)]
+    contract = {
+        *("step", "samples_seen", "epoch", "task", "loss", "loss/itc", "loss/itm", "loss/mlm", "grad_norm"),
+        *("lr/decay", "lr/no_decay", "seconds_per_step", "data_wait_fraction", "samples_per_second"),
+        *("tokens_per_second", "padding_fraction", "model_tflops_per_second", "mfu", "memory_peak_bytes"),
+        *("memory_allocated_bytes", "temperature", "skipped_steps", "bad_samples", "sample_keys"),
+    }
+    for line in lines:
+        assert contract <= set(line)
+        others = set(line) - contract
+        assert others >= {"queue/image/filled", "queue/image/age_steps", "queue/text/filled", "queue/text/age_steps"}
+        assert all(re.match(r"(queue|lr|itc|itm|mlm)/", key) for key in others), others
+        assert line["mfu"] is None  # a CPU's peak is unknown
+        assert line["samples_seen"] == 8 * line["step"]
+        assert len(set(line["sample_keys"])) == 8
+        weighted = line["loss/itc"] + line["loss/itm"] + line["loss/mlm"]
+        assert line["loss"] == pytest.approx(weighted, rel=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_keys_of_an_evaluation(finished: Path) -> None:
+    lines = [line for line in metrics(finished) if "loss" not in line]
+    assert [line["step"] for line in lines] == [16, 32]
+    names = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+    more = ("i2t_median_rank", "t2i_median_rank", "candidates", "chance_r1")
+    for line in lines:
+        assert set(line) == {"step", *(f"eval/retrieval/{name}" for name in (*names, *more))}
+        assert line["eval/retrieval/candidates"] == 32
+        assert line["eval/retrieval/chance_r1"] == 1 / 32
+        assert all(0 <= line[f"eval/retrieval/{name}"] <= 1 for name in names)
+
+
+def test_tensorboard_holds_the_same(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "lr/decay", "grad_norm", "eval/retrieval/i2t_r1", "samples_per_second"} <= set(tags["scalars"])
+    assert any(tag.startswith("retrieval/") for tag in tags["images"])
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(finished))
+
+
+def test_evaluate_gives_the_figures_of_the_run(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    done = launch("evaluate", "--checkpoint", str(finished), "--batch", "8", "--json", str(file))
+    assert done.returncode == DONE, done.stderr
+    assert "i2t_r1" in done.stdout
+    found = json.loads(file.read_text())
+    last = metrics(finished)[-1]
+    assert found.pop("step") == last["step"]
+    assert found == {key: value for key, value in last.items() if key != "step"}
+
+
+# --- a cut changes nothing ---------------------------------------------------------------------------------
+
+
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nest of mappings and sequences, by its path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from tensors(each, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            yield from tensors(each, f"{name}.{number}")
+
+
+def same_state(one: Path, other: Path) -> None:
+    """Parameters, buffers, optimizer state and momentum averages, bit by bit."""
+    weights, others = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
+    assert set(weights) == set(others)
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    files = sorted(path.relative_to(one) for path in one.rglob("*.pt"))
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*.pt"))
+    assert len(files) >= 2
+    for file in files:
+        kept = dict(tensors(torch.load(one / file, weights_only=False)))
+        again = dict(tensors(torch.load(other / file, weights_only=False)))
+        assert set(kept) == set(again)
+        assert [name for name in kept if not torch.equal(kept[name], again[name])] == [], file
+
+
+def cut_twice(world: int, out: Path, *arguments: str) -> None:
+    """The run killed outright, then stopped on request, then left to finish."""
+    code, said = stop_at(world, out, 8, signal.SIGKILL, *CUT, *arguments)
+    assert code == -signal.SIGKILL, said
+    code, said = stop_at(world, out, 16, signal.SIGTERM, *CUT, *arguments)
+    assert "going on after step" in said
+    assert code == STOPPED if world == 1 else code != DONE, said
+    stopped = re.search(r"stopped at step (\d+) by SIGTERM", said)
+    assert stopped is not None, said
+    assert int(stopped[1]) < STEPS
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{int(stopped[1]):08d}"
+    run_whole(world, out, *CUT, *arguments)
+    assert "going on after step" in (out / "log.txt").read_text()
+
+
+def test_a_cut_run_equals_one_in_one_go(finished: Path, tmp_path: Path) -> None:
+    cut_twice(1, tmp_path / "cut")
+    assert figures(tmp_path / "cut") == figures(finished)
+    same_state(*(out / "checkpoints" / f"step_{STEPS:08d}" for out in (finished, tmp_path / "cut")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [
+        *(("zero0", 1), ("zero1", 1), ("zero3", 1), ("fp32", 1), ("zero2_offload", 1), ("zero3_offload", 1)),
+        *(("zero1", 2), ("zero2", 2), ("zero3", 2)),
+    ],
+)
+def test_a_cut_run_equals_one_in_one_go_everywhere(name: str, world: int, tmp_path: Path) -> None:
+    way = ("--ds_config", f"ds_configs/{name}.json", "data.micro_batch=2")
+    run_whole(world, tmp_path / "whole", *CUT, *way)
+    cut_twice(world, tmp_path / "cut", *way)
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+    same_state(*(tmp_path / each / "checkpoints" / f"step_{STEPS:08d}" for each in ("whole", "cut")))
+
+
+def test_a_broken_checkpoint_is_gone_back_from(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "checkpoints" / f"step_{STEPS:08d}" / "weights.safetensors").write_bytes(b"short")
+    said = run_whole(1, out, *CUT)
+    assert "going on after step 30" in said
+    warning = "weights.safetensors is missing or not"
+    assert warning in said
+    assert warning in (out / "log.txt").read_text()
+    assert figures(out) == figures(finished)
+    same_state(*(each / "checkpoints" / f"step_{STEPS:08d}" for each in (finished, out)))
+
+
+# --- the way it is spread changes nothing ------------------------------------------------------------------
+
+
+def train_here(ds_path: str, recipe: str, out: str, overrides: list[str]) -> int:
+    """On each of several ranks: a whole run."""
+    from vlscale import train
+    from vlscale.build import Request
+
+    return train.train(Request(config.load(recipe, overrides), ds_path, Path(out)))
+
+
+def fp32_of(name: str, folder: Path) -> str:
+    """The file in fp32."""
+    tree = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    for key in ("bf16", "data_types"):
+        tree.pop(key, None)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(tree))
+    return str(path)
+
+
+def words_only(folder: Path) -> str:
+    """A recipe with nothing per rank: masked words, hard labels, no dropout."""
+    tree = config.read_yaml(ROOT / "vlscale" / "recipes" / "quickstart.yaml")
+    tree["objectives"] = {"mlm": {"soften": 0.0}}
+    tree["optim"]["scale"] = {}
+    path = folder / "words.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+OF_ITC = ("objectives.itc.queue=32",)
+SPREAD = [each for each in TINY if each not in OF_ITC] + ["family.dropout=0", "logging.sample_keys=true"]
+
+
+def words_series(
+    folder: Path, world: int, micro_batch: int, ds: str, steps: int
+) -> tuple[list[float], list[list[str]]]:
+    out = folder / f"{world}-{micro_batch}"
+    overrides = [*SPREAD, f"steps={steps}", f"data.micro_batch={micro_batch}"]
+    assert run_ranks(train_here, world, ds, words_only(folder), str(out), overrides) == [DONE] * world
+    return losses(out), [line["sample_keys"] for line in metrics(out) if "loss" in line]
+
+
+def test_ranks_and_micro_batches_leave_the_series_alone(tmp_path: Path) -> None:
+    ds = fp32_of("zero2", tmp_path)
+    expected, keys = words_series(tmp_path, 1, 8, ds, steps=8)
+    assert len(expected) == 8
+    for world, micro_batch in [(1, 2), (2, 4)]:
+        found, found_keys = words_series(tmp_path, world, micro_batch, ds, steps=8)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert found_keys == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_any_number_of_ranks_at_any_stage(name: str, tmp_path: Path) -> None:
+    expected, keys = words_series(tmp_path, 1, 8, fp32_of("zero0", tmp_path), steps=20)
+    ds = fp32_of(name, tmp_path)
+    for world, micro_batch in [(1, 1), (2, 2), (2, 4), (4, 2), (4, 1)]:
+        found, found_keys = words_series(tmp_path, world, micro_batch, ds, steps=20)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert found_keys == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stages_agree(world: int, precision: str, tmp_path: Path) -> None:
+    series = {}
+    for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
+        ds = fp32_of(name, tmp_path) if precision == "fp32" else f"{ROOT}/ds_configs/{name}.json"
+        out = tmp_path / "runs" / name
+        overrides = [*TINY, "steps=20"]
+        assert run_ranks(train_here, world, ds, "quickstart", str(out), overrides) == [DONE] * world
+        series[name] = losses(out)
+        assert len(series[name]) == 20
+        assert series[name] == pytest.approx(series["zero0"], rel=1e-4 if precision == "fp32" else 2e-2), name
