@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -157,6 +158,24 @@ def same_state(one: Path, other: Path) -> None:
         again = dict(tensors(torch.load(other / file, weights_only=False)))
         assert set(kept) == set(again)
         assert [name for name in kept if not torch.equal(kept[name], again[name])] == [], file
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up(finished: Path, tmp_path: Path) -> None:
+    """A stop at step 16 saves at once; the evaluation that was due then is the first thing of the next start."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    lines = metrics(out)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    folder = out / "checkpoints" / "step_00000032"
+    state = json.loads((folder / "state.json").read_text())
+    assert state["evaluated_step"] == 32
+    (folder / "state.json").write_text(json.dumps({**state, "evaluated_step": 16}))
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    content = (folder / "state.json").read_bytes()
+    listed["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
+    (folder / "manifest.json").write_text(json.dumps({"files": listed}))
+    run_whole(1, out, *CUT, "steps=34", "evaluation.every=8")
+    assert figures(out)[: len(lines)] == figures(finished)
 
 
 def cut_twice(world: int, out: Path, *arguments: str) -> None:

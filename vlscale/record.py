@@ -40,6 +40,7 @@ class Record:
             self._peak = peak_flops(name, ds_config.precision(setting.ds))
         self._clock = StepClock(setting.device)
         self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
+        self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
         self._named = len(loader.bad)
 
     def timed(self, steps: Any) -> Any:
@@ -92,11 +93,16 @@ class Record:
             "world_size": distributed.world_size(),
             "zero_stage": ds_config.stage(self._setting.ds),
             "precision": ds_config.precision(self._setting.ds),
+            "evaluated_step": self._evaluated,
             "loader": loader,
             "skipped_steps": self._skipped,
         }
         checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
         self._clock.skip()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether `evaluate` has been called at this step, in this run or before it was stopped."""
+        return self._evaluated == step
 
     def _bad_samples(self) -> int:
         """How many were skipped so far on all ranks."""
@@ -104,6 +110,7 @@ class Record:
 
     def evaluate(self, step: int) -> None:
         """Retrieve among the validation pictures, where the family can."""
+        self._evaluated = step
         if "embed" not in self._model.family.offers:
             return
         batches = retrieval_batches(

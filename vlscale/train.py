@@ -49,13 +49,15 @@ def train(request: Request) -> int:
     monitor.say(build.describe(run, setting, model, start))
     vote = distributed.StopVote(setting.device)
     record = Record(run, setting, model, loader, monitor)
+    if start and evaluation_due(run, start) and not record.evaluated(start):
+        record.evaluate(start)  # the stop had no time for it
 
     for step, micro_batches in record.timed(loader.steps(start, run.steps)):
         record.step(step, *one_step(run, model, machine, step, micro_batches))
 
         stopping = vote.agreed(guard.requested)
         last = step == run.steps
-        if last or (not stopping and run.evaluation.every and step % run.evaluation.every == 0):
+        if evaluation_due(run, step) and (last or not stopping):
             record.evaluate(step)
         if last or stopping or step % run.checkpoint.every == 0:
             record.save(step, machine)
@@ -66,6 +68,11 @@ def train(request: Request) -> int:
     monitor.say(f"done: {run.steps} steps, in {setting.out}")
     monitor.close()
     return DONE
+
+
+def evaluation_due(run: RunConfig, step: int) -> bool:
+    """Whether the validation shards are evaluated after this step."""
+    return step == run.steps or bool(run.evaluation.every and step % run.evaluation.every == 0)
 
 
 class StepResult(NamedTuple):
