@@ -20,7 +20,7 @@ TINY = (
     *("data.batch=8", "family.visual_width=32", "family.visual_heads=2", "family.visual_intermediate=64"),
     *("family.visual_layers=1", "family.text_layers=1", "family.fusion_layers=1", "family.hidden=32"),
     *("family.heads=2", "family.intermediate=64", "family.patch=16", "objectives.itc.queue=32"),
-    *("evaluation.limit=32", "evaluation.every=0", "logging.every=1", "family.dropout=0.1"),
+    *("seed=1", "evaluation.limit=32", "evaluation.every=0", "logging.every=1", "family.dropout=0.1"),
 )
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 

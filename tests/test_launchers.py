@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.spawn import free_port
 from tests.runs import ROOT, TINY, environment, launch, metrics, run_whole
 from tests.shard_files import sample, write_samples
 from vlscale.errors import DONE
@@ -184,3 +185,27 @@ def test_a_stop_of_standard_output_is_no_traceback(tmp_path: Path) -> None:
         ["bash", "-c", command], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["an empty caption", "an unknown key", "a missing view option"])
+def test_two_ranks_say_it_once_and_end_with_the_code(mistake: str, tmp_path: Path) -> None:
+    shards = write_samples(tmp_path / "shards", 12, 5, {7: sample(7, "")})
+    arguments, code, says = {
+        "an empty caption": ([f"data.train={shards}", f"data.val={shards}", *TINY_SHARDS], 3, "is empty"),
+        "an unknown key": (["optim.lrr=1"], 2, "did you mean 'lr'?"),
+        "a missing view option": (["views.text.masked.mask_tokens.prop=0.3"], 2, "did you mean 'prob'"),
+    }[mistake]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    done = subprocess.run(
+        [*deepspeed, f"--master_port={free_port()}", "launchers/pretrain.py", *TINY, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("pretrain.py: ") == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -15,8 +15,11 @@ from vlscale import __version__, config, run_folder
 from vlscale.errors import ConfigError
 
 
+BASE = ("seed=1", "data.batch=64", "objectives.itc.queue=1024", "optim.lr=1e-3", "optim.scale={temperature: 0.05}")
+
+
 def tree(*overrides: str) -> dict[str, Any]:
-    return config.dump(config.load("quickstart", overrides))
+    return config.dump(config.load("quickstart", [*BASE, *overrides]))
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_a_broken_config_is_a_sentence(out: Path) -> None:
 
 
 def test_what_is_written(out: Path) -> None:
-    assert config.load(str(out / "config.yaml")) == config.load("quickstart")
+    assert config.load(str(out / "config.yaml")) == config.load("quickstart", BASE)
     assert yaml.safe_load((out / "config.yaml").read_text()) == tree()
     assert json.loads((out / "ds_config.json").read_text()) == {"train_batch_size": 64}
     found = json.loads((out / "environment.json").read_text())
