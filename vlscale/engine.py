@@ -171,6 +171,7 @@ class DeepSpeedEngine(_Engine):
             self._optimizer.optimizer.state.clear()
         for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
             distributed.broadcast_(buffer)
+        self._clear_padding()
         self._prepare_momentum()
 
     @property
@@ -265,6 +266,17 @@ class DeepSpeedEngine(_Engine):
         for master in self._masters(parameter):
             source[: master.numel()] = master.reshape(-1)
         return source
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """At stage 3 the last part may reach beyond its parameter; what DeepSpeed leaves there is chance, yet saved."""
+        if self.stage < 3:
+            return
+        for parameter in self.model.parameters():
+            part = self._part(parameter)
+            own = max(0, parameter.ds_numel - distributed.rank() * part.numel())  # type: ignore[attr-defined]
+            for tensor in (part, *self._masters(parameter)):
+                tensor.view(-1)[own:].zero_()
 
     def _masters(self, parameter: nn.Parameter) -> list[Tensor]:
         if not parameter.requires_grad or (self.dtype == torch.float32 and self.stage == 0):
