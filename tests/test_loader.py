@@ -71,9 +71,7 @@ def contents(batch: Batch) -> list[tuple[Any, ...]]:
     return rows
 
 
-def serve(
-    shards: Shards, tokenizer: Tokenizer, start: int, stop: int, world: int = 1, **other: Any
-) -> list[Any]:
+def serve(shards: Shards, tokenizer: Tokenizer, start: int, stop: int, world: int = 1, **other: Any) -> list[Any]:
     """The samples of steps start + 1 .. stop in global order."""
     ranks = [
         list(make_loader(shards, tokenizer, rank=rank, world=world, **other).steps(start, stop))
@@ -133,9 +131,7 @@ def test_each_epoch_serves_every_sample_once(expected: list[Any]) -> None:
     assert indices[:COUNT] != indices[COUNT : 2 * COUNT]
 
 
-def test_resuming_goes_on_with_the_same_samples(
-    shards: Shards, tokenizer: Tokenizer, expected: list[Any]
-) -> None:
+def test_resuming_goes_on_with_the_same_samples(shards: Shards, tokenizer: Tokenizer, expected: list[Any]) -> None:
     assert serve(shards, tokenizer, 3, 6) == expected[3 * BATCH :]
 
 
@@ -203,9 +199,7 @@ def damaged(tmp_path: Path) -> Shards:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_sample_is_replaced_counted_and_named(
-    damaged: Shards, tokenizer: Tokenizer, workers: int
-) -> None:
+def test_a_bad_sample_is_replaced_counted_and_named(damaged: Shards, tokenizer: Tokenizer, workers: int) -> None:
     loader = make_loader(damaged, tokenizer, workers=workers, batch=COUNT, micro_batch=COUNT)
     (_, (batch,)), _ = loader.steps(0, 2)
     assert sorted(batch.pair_id.tolist()) == sorted([*(i for i in range(COUNT) if i not in (5, 6)), 7, 7])
@@ -249,17 +243,13 @@ def test_state(damaged: Shards, shards: Shards, tokenizer: Tokenizer) -> None:
 # --- retrieval ---------------------------------------------------------------------------------------------
 
 
-def retrieve(
-    shards: Shards, tokenizer: Tokenizer, rank: int, world: int, batch: int, limit: int = 0
-) -> list[Any]:
+def retrieve(shards: Shards, tokenizer: Tokenizer, rank: int, world: int, batch: int, limit: int = 0) -> list[Any]:
     options: dict[str, Any] = {"rank": rank, "world": world, "batch": batch, "limit": limit}
     return list(retrieval_batches(shards, tokenizer, INPUTS, max_words=30, **options))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_retrieval_covers_every_picture_and_caption_once(
-    shards: Shards, tokenizer: Tokenizer, world: int
-) -> None:
+def test_retrieval_covers_every_picture_and_caption_once(shards: Shards, tokenizer: Tokenizer, world: int) -> None:
     ranks = [retrieve(shards, tokenizer, rank, world, batch=3) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for part in ranks for batch in part]
@@ -286,6 +276,4 @@ def test_real_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     batches = [batch for _, (batch,) in loader.steps(0, 3)]
     assert loader.bad == []
     assert len({key for batch in batches for key in batch.keys}) == 48
-    assert all(
-        np.isin(batch.text["masked"].ids.numpy(), range(tokenizer.vocab_size)).all() for batch in batches
-    )
+    assert all(np.isin(batch.text["masked"].ids.numpy(), range(tokenizer.vocab_size)).all() for batch in batches)

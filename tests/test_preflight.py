@@ -55,9 +55,7 @@ def test_one_broken_picture_is_left_to_the_loader(tmp_path: Path) -> None:
 
 
 def test_too_few_samples(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"holds 12 samples but a step takes 13; .* write data.batch=12 or less"
-    ):
+    with pytest.raises(DataError, match=r"holds 12 samples but a step takes 13; .* write data.batch=12 or less"):
         run(tmp_path, make_shards(tmp_path, {}), batch=13)
 
 
@@ -88,9 +86,7 @@ def test_of_a_large_data_set_some_texts_are_read(tmp_path: Path, monkeypatch: py
 
 def test_real_shards(tmp_path: Path) -> None:
     names = ("openstax_figures", "noto_emoji")
-    shards = Shards(
-        [str(shared() / "open" / name / f"{name}-val-*.tar") for name in names], tmp_path / "cache"
-    )
+    shards = Shards([str(shared() / "open" / name / f"{name}-val-*.tar") for name in names], tmp_path / "cache")
     write_vocabulary(build_vocabulary(every_caption(shards), 3000), tmp_path / "vocab.txt")
     tokenizer = Tokenizer(tmp_path, Inputs(image_size=64, text_length=25, separator=False))
     assert run(tmp_path, shards, tokenizer).samples == 356

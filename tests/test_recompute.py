@@ -96,9 +96,7 @@ def test_selective_keeps_products_only() -> None:
 def test_fairscale_takes_the_picture_stack_only() -> None:
     model = albef_model()
     set_activation_checkpointing(model, "offload")
-    wrapped = {
-        name for name, module in model.named_modules() if "forward" in module.__dict__ and "blocks" in name
-    }
+    wrapped = {name for name, module in model.named_modules() if "forward" in module.__dict__ and "blocks" in name}
     assert wrapped == {"family.image_encoder.stack.blocks.0", "family.image_encoder.stack.blocks.1"}
     assert all(stack.run_block is call_block for stack in stacks(model.twin))  # type: ignore[arg-type]
 

@@ -37,9 +37,7 @@ def test_albef_agrees_with_the_authors(albef: Path, tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert found["ok"] is True
     assert found["system"] == "albef"
-    assert all(
-        row["ok"] and set(row) == {"name", "max_abs", "rel", "tolerance", "ok"} for row in found["compared"]
-    )
+    assert all(row["ok"] and set(row) == {"name", "max_abs", "rel", "tolerance", "ok"} for row in found["compared"])
     names = {row["name"] for row in found["compared"]}
     stored = {"outputs": "", "ddp2_outputs": "ddp2_outputs:"}
     for file, prefix in stored.items():

@@ -70,9 +70,7 @@ def test_the_record_tells_what_is_drawn(embedded: Embedded, tmp_path: Path) -> N
 def test_the_relation_holds_for_all_things() -> None:
     for number, scene in enumerate(scenes.scenes(train=False)):
         first, second = ([t.box for t in scene.things if t.group == g] for g in (scene.first, scene.second))
-        assert max(box[2 + scene.axis] for box in first) < min(box[scene.axis] for box in second), (
-            scene.caption
-        )
+        assert max(box[2 + scene.axis] for box in first) < min(box[scene.axis] for box in second), scene.caption
         assert (len(first), len(second)) == (scene.first.count, scene.second.count)
         if number == 100:
             break

@@ -232,9 +232,7 @@ def jpeg(pixels: np.ndarray, subsampling: str = "444") -> bytes:
 
 def smooth() -> np.ndarray:
     ramp = np.linspace(0, 255, 40, dtype=np.uint8)
-    return np.ascontiguousarray(
-        np.stack([*np.meshgrid(ramp, ramp[:30]), np.full((30, 40), 90, np.uint8)], -1)
-    )
+    return np.ascontiguousarray(np.stack([*np.meshgrid(ramp, ramp[:30]), np.full((30, 40), 90, np.uint8)], -1))
 
 
 def test_jpeg(tmp_path: Path) -> None:

@@ -39,9 +39,7 @@ def test_encode(tmp_path: Path) -> None:
     assert len(tokenizer.encode("a " * 50)) == 12
     assert (tokenizer.pad, tokenizer.unk, tokenizer.cls, tokenizer.sep, tokenizer.mask) == (0, 1, 2, 3, 4)
     assert tokenizer.vocab_size == len(WORDS) + 5
-    assert (
-        pickle.loads(pickle.dumps(tokenizer)).encode("a red").tolist() == tokenizer.encode("a red").tolist()
-    )
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("a red").tolist() == tokenizer.encode("a red").tolist()
 
 
 def test_the_separator_survives_truncation(tmp_path: Path) -> None:
@@ -51,9 +49,7 @@ def test_the_separator_survives_truncation(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_is_built_the_same_from_any_order() -> None:
-    captions = [
-        f"a {size} {colour} square" for size in ("small", "large") for colour in ("red", "Green", "blue")
-    ]
+    captions = [f"a {size} {colour} square" for size in ("small", "large") for colour in ("red", "Green", "blue")]
     vocabulary = build_vocabulary(captions, 200)
     assert vocabulary == build_vocabulary(reversed(captions), 200)
     assert tuple(vocabulary[:5]) == SPECIAL_TOKENS
@@ -65,9 +61,7 @@ def test_a_vocabulary_is_built_the_same_from_any_order() -> None:
 
 def test_a_mistyped_vocabulary_is_told(tmp_path: Path) -> None:
     write_vocabulary(SPECIAL_TOKENS, tmp_path / "vocab.txt")
-    with pytest.raises(
-        ConfigError, match=r"no vocabulary at '.*vocba.txt'; write .*; did you mean 'vocab.txt'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"no vocabulary at '.*vocba.txt'; write .*; did you mean 'vocab.txt'\?"):
         Tokenizer(tmp_path / "vocba.txt", INPUTS)
     with pytest.raises(ConfigError, match=r"no vocabulary at '.*/nowhere/x'"):
         Tokenizer(tmp_path / "nowhere" / "x", INPUTS)

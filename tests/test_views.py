@@ -162,9 +162,7 @@ def test_rand_augment_is_a_function_of_its_draws() -> None:
 
 
 def test_a_view_is_a_function_of_its_draws() -> None:
-    view = parse({"visual.clean": {"random_resized_crop": {}, "flip": {}, "rand_augment": {}}}).visual[
-        "clean"
-    ]
+    view = parse({"visual.clean": {"random_resized_crop": {}, "flip": {}, "rand_augment": {}}}).visual["clean"]
     pixels = photo()
     assert np.array_equal(view(pixels, 32, rng(3)), view(pixels, 32, rng(3)))
     assert not np.array_equal(view(pixels, 32, rng(3)), view(pixels, 32, rng(4)))

@@ -144,11 +144,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], renames: Renames) -> L
         if not present:
             unused.append(name)
     half = [target for target, number in parts.items() if number]
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if re.fullmatch(renames.fills, name) and name not in parts
-    ]
+    missing = [name for name, _ in model.named_parameters() if re.fullmatch(renames.fills, name) and name not in parts]
     if half or missing:
         raise CheckpointError(
             f"the file does not fill {len(half + missing)} parameters, first '{(half + missing)[0]}'; "
@@ -172,9 +168,7 @@ def _copy(name: str, tensor: Tensor, row: Rename, target: str, place: Tensor) ->
     slot.copy_(changed)
 
 
-def init_towers(
-    model: PretrainModel, text: str | Path | None, vision: str | Path | None
-) -> dict[str, Loaded]:
+def init_towers(model: PretrainModel, text: str | Path | None, vision: str | Path | None) -> dict[str, Loaded]:
     """Start towers from published weights (keys `init.text`, `init.vision`), then copy them to the twins.
 
     Args:

@@ -104,9 +104,7 @@ def test_order_of_pictures_does_not_matter() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    many = Features(
-        torch.randn(20, 8), torch.randn(50, 8), torch.arange(20) * 3, torch.randint(20, (50,)) * 3
-    )
+    many = Features(torch.randn(20, 8), torch.randn(50, 8), torch.arange(20) * 3, torch.randint(20, (50,)) * 3)
     whole = ranks(many)
     monkeypatch.setattr("vlscale.evaluation.retrieval.CHUNK", 7)
     assert all(torch.equal(*pair) for pair in zip(whole, ranks(many), strict=True))

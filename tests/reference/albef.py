@@ -177,9 +177,7 @@ class _Runner:
         gradients = [found[name] for name in self.order]
         norms = [0.0 if gradient is None else float(gradient.norm()) for gradient in gradients]
         shaped = {
-            f"grad/{name}": value.clone().view(self.shapes[name])
-            for name, value in found.items()
-            if value is not None
+            f"grad/{name}": value.clone().view(self.shapes[name]) for name, value in found.items() if value is not None
         }
         return {**shaped, "grad_norm_all": torch.tensor(norms)}
 
@@ -319,9 +317,7 @@ class _Recorder:
             run = _which(self.outputs[f"{stack}.blocks.{last}"], final)
             for number in range(first, last + 1):
                 values[f"mlm_layer{number}"] = self.outputs[f"{stack}.blocks.{number}"][run]
-        clean = _which(
-            self.outputs[f"text_stack.blocks.{config.text_layers - 1}"], self.enc.text("clean").hidden
-        )
+        clean = _which(self.outputs[f"text_stack.blocks.{config.text_layers - 1}"], self.enc.text("clean").hidden)
         values["text_embedding_output"] = self.outputs["text_embeddings"][clean]
         fused = self.outputs[f"fusion_stack.blocks.{layers - 1}"]
         values["fusion_neg"] = next(out for out in fused if len(out) == 2 * len(self.batch))

@@ -128,8 +128,7 @@ class _MicroBatches(Dataset[_Loaded]):
             for name, view in self.views.visual.items():
                 visual[name] = view(pixels, self.size, draws(position, f"visual.{name}"))
         text = {
-            name: view(ids, self.tokenizer, draws(position, f"text.{name}"))
-            for name, view in self.views.text.items()
+            name: view(ids, self.tokenizer, draws(position, f"text.{name}")) for name, view in self.views.text.items()
         }
         return Sample(i, self.shards.key(i), visual, text)
 

@@ -91,9 +91,7 @@ def evaluate(
         DataError: there is no picture, or no caption.
     """
     if "embed" not in family.offers:
-        raise ConfigError(
-            f"retrieval needs embeddings, which family '{type(family).__name__}' does not offer"
-        )
+        raise ConfigError(f"retrieval needs embeddings, which family '{type(family).__name__}' does not offer")
     modes = {module: module.training for module in family.modules()}
     family.eval()
     try:

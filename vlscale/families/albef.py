@@ -39,6 +39,7 @@ class Config:
     segments: int = 2
     dropout: float = 0.1  # hidden and attention, of the text and fusion layers; the ViT has none
     embed: int = 256  # configs/Pretrain.yaml: embed_dim
+    init_scale: float = 1.0  # on the matrices' start of 0.02, which was chosen for width 768
     temperature: float = 0.07  # configs/Pretrain.yaml: temp
     temperature_least: float = 0.001  # models/model_pretrain.py, clamp
     temperature_greatest: float = 0.5
@@ -72,6 +73,8 @@ class Albef(Family):
         self.text_stack = Stack(bert_layers(c.text_layers, c.hidden, c.heads, c.intermediate, c.dropout))
         fusion = bert_layers(c.fusion_layers, c.hidden, c.heads, c.intermediate, c.dropout, c.visual_width)
         self.fusion_stack = Stack(fusion, first=c.text_layers)
+        for stack in (self.image_encoder, self.text_stack, self.fusion_stack):
+            _scale_matrices(stack, c.init_scale)
         self.text_proj = nn.Linear(c.hidden, c.embed)
         self.visual_proj = nn.Linear(c.visual_width, c.embed)
         self.temperature = Temperature(c.temperature, c.temperature_least, c.temperature_greatest)
@@ -126,6 +129,13 @@ def _unit(projected: Tensor) -> Tensor:
 def _layer_flops(tokens: int, width: int, inner: int) -> int:
     products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
     return 2 * tokens * products + 2 * 2 * tokens * tokens * width
+
+
+def _scale_matrices(module: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                part.weight.mul_(factor)
 
 
 def _check(config: Config) -> None:
@@ -197,9 +207,7 @@ def _bert(source: str, ours: str, cross: bool, optional: bool) -> list[Rename]:
         rows.append(row(rf"embeddings\.LayerNorm\.{letter}", f"text_embeddings.norm.{part}"))
         rows.append(both(rf"{layer}output\.LayerNorm\.{letter}", rf"blocks.\1.mlp_norm.{part}"))
         for theirs, mine in crossing:
-            rows.append(
-                both(rf"{layer}{theirs}\.output\.LayerNorm\.{letter}", rf"blocks.\1.{mine}_norm.{part}")
-            )
+            rows.append(both(rf"{layer}{theirs}\.output\.LayerNorm\.{letter}", rf"blocks.\1.{mine}_norm.{part}"))
     for theirs, mine in crossing:
         module = mine if mine == theirs else f"{mine}_attention"
         rows.append(both(rf"{layer}{theirs}\.self\.(query|key|value)\.(\w+)", rf"blocks.\1.{module}.\2.\3"))

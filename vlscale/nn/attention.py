@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None, dropout: float
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None, dropout: float) -> Tensor:
     """softmax(Q K' / sqrt(width of a head)) V over `heads` heads.
 
     Args:
@@ -24,9 +22,7 @@ def attend(
         [B, Lq, D].
     """
     width = query.shape[2] // heads
-    query, key, value = (
-        part.view(*part.shape[:2], heads, width).transpose(1, 2) for part in (query, key, value)
-    )
+    query, key, value = (part.view(*part.shape[:2], heads, width).transpose(1, 2) for part in (query, key, value))
     if query.device.type == "cpu" and query.dtype != torch.float32 and query.requires_grad:
         out = _products(query, key, value, mask, dropout)
     else:

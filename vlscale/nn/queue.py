@@ -25,9 +25,7 @@ class KeyQueue(nn.Module):
     pointer: Tensor  # [1] int64, where the next key goes
     filled: Tensor  # [1] int64, number of usable keys
 
-    def __init__(
-        self, capacity: int, width: int, start: Literal["random", "empty"] = "random", seed: int = 0
-    ) -> None:
+    def __init__(self, capacity: int, width: int, start: Literal["random", "empty"] = "random", seed: int = 0) -> None:
         super().__init__()
         self.capacity = capacity
         self.full_from_start = start == "random"

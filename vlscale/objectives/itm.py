@@ -56,9 +56,7 @@ class Itm(Objective):
         with torch.no_grad():
             picture_of_text, text_of_picture = self.draw(*self.weights(enc, batch.pair_id))
         false = _pooled(
-            enc.family.fuse(
-                _join(text, _rows(text, text_of_picture)), _join(_rows(visual, picture_of_text), visual)
-            )
+            enc.family.fuse(_join(text, _rows(text, text_of_picture)), _join(_rows(visual, picture_of_text), visual))
         )
         logits = self.logits(torch.cat([true, false]))
         labels = torch.arange(len(logits), device=logits.device) < len(batch)
