@@ -14,7 +14,6 @@ import yaml
 from vlscale import __version__, config, run_folder
 from vlscale.errors import ConfigError
 
-
 BASE = ("seed=1", "data.batch=64", "objectives.itc.queue=1024", "optim.lr=1e-3", "optim.scale={temperature: 0.05}")
 
 

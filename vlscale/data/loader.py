@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
 import threading
@@ -26,6 +27,7 @@ from vlscale.types import Batch, Inputs, Text, Visual
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
 MAX_CACHED_TEXTS = 1 << 20  # samples whose token ids are kept, some 300 bytes each
+PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
 
 
@@ -204,6 +206,9 @@ class Loader:
         if not self._workers:
             _one_thread()
             return map(self._batches.__getitem__, numbers)
+        # not forked from here: a fork inherits locks that threads of torch or OpenCV may hold, and hangs on them
+        workers = multiprocessing.get_context("forkserver")
+        workers.set_forkserver_preload(["vlscale.data.loader"])
         return DataLoader(
             self._batches,
             batch_size=None,  # an item is a micro-batch already
@@ -212,6 +217,7 @@ class Loader:
             prefetch_factor=max(2, -(-self._place.per_step // self._workers)),
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
+            multiprocessing_context=workers,
         )
 
     def _account(self, loaded: _Loaded) -> Batch:
@@ -323,9 +329,9 @@ class _Ahead(Iterator[_Loaded]):
         return item
 
     def close(self) -> None:
-        """Wait until the thread has finished the item it is at, and ended."""
+        """Wait until the thread has finished the item it is at, and ended; not for ever, if a worker hangs."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(PATIENCE)
 
 
 @dataclass(frozen=True)
