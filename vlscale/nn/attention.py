@@ -52,9 +52,13 @@ def attention_mask(mask: Tensor | None, causal: bool = False) -> Tensor | None:
         return None
     seen = mask[:, None, None, :]
     if causal:
-        length = mask.shape[1]
-        seen = seen & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        seen = seen & causal_mask(mask.shape[1], mask.device)
     return seen
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """What `attend` takes where a position sees itself and those before it, padding included: [L, L] bool."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 class SelfAttention(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -28,3 +30,23 @@ class Temperature(nn.Module):
     def limits(self) -> tuple[nn.Parameter, float, float]:
         """(parameter, least, greatest)."""
         return self.value, self.least, self.greatest
+
+
+class LogitScale(Temperature):
+    """The temperature as CLIP learns it (Radford et al. 2021, section 2.5): `value` [1] = ln(1 / temperature).
+
+    `limits` are those of `value`. The engine keeps it within them after every step; `forward` does not, as in
+    the authors' code.
+
+    Args:
+        start: temperature at the start.
+        least: of the scale 1 / temperature.
+        greatest: of the scale.
+    """
+
+    def __init__(self, start: float, least: float = 1.0, greatest: float = 100.0) -> None:
+        super().__init__(-math.log(start), math.log(least), math.log(greatest))
+
+    def forward(self) -> Tensor:
+        """The temperature exp(-value), [1] fp32."""
+        return torch.exp(-self.value.float())

@@ -42,29 +42,43 @@ class Stack(nn.Module):
         return hidden
 
 
-class Mlp(nn.Module):
-    """Linear, GELU (erf), linear."""
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), near GELU (Hendrycks and Gimpel 2016, section 2): what OpenAI's CLIP was trained with."""
+    return hidden * (1.702 * hidden).sigmoid()
 
-    def __init__(self, width: int, inner: int) -> None:
+
+class Mlp(nn.Module):
+    """Linear, activation (GELU by erf), linear."""
+
+    def __init__(self, width: int, inner: int, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
+        self.activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(hidden)))
+        out: Tensor = self.fc2(self.activation(self.fc1(hidden)))
         return out
 
 
 class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): ViT (Dosovitskiy et al. 2021, equations 2 and 3)."""
 
-    def __init__(self, width: int, heads: int, inner: int, eps: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        inner: int,
+        eps: float,
+        dropout: float = 0.0,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps)
         self.attention = SelfAttention(width, heads, dropout)
         self.mlp_norm = nn.LayerNorm(width, eps)
-        self.mlp = Mlp(width, inner)
+        self.mlp = Mlp(width, inner, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:

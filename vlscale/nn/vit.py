@@ -46,9 +46,9 @@ def init_truncated(module: nn.Module) -> None:
 class PatchEmbedding(nn.Module):
     """One linear map per patch, written as a convolution."""
 
-    def __init__(self, width: int, patch: int) -> None:
+    def __init__(self, width: int, patch: int, bias: bool = True) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.projection = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W], uint8 or normalised -> [B, H/p * W/p, D], row by row."""
