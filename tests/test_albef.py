@@ -11,6 +11,7 @@ import torch
 from tests.models import albef_batch, albef_model
 from vlscale.errors import ConfigError
 from vlscale.families import albef
+from vlscale.types import Moment
 
 
 def test_published_size() -> None:
@@ -66,7 +67,7 @@ def test_bf16_keeps_hidden_states_small_and_embeddings_fp32() -> None:
     assert text.hidden.dtype == torch.bfloat16
     assert text.embed.dtype == torch.float32
     assert model.family.temperature().dtype == torch.float32
-    losses = model(batch, 1)
+    losses = model(batch, Moment(1)).losses
     assert {loss.value.dtype for loss in losses.values()} == {torch.float32}
 
 

@@ -17,6 +17,7 @@ from vlscale import checkpoint
 from vlscale.engine import LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.optim import OptimConfig
+from vlscale.types import Moment
 
 
 def engine(seed: int = 0) -> LocalEngine:
@@ -90,9 +91,10 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         losses = []
         for step in numbers:
             torch.manual_seed(step)
-            loss = machine.model.total(machine.forward(albef_batch(seed=step), step), {})
+            made = machine.forward(albef_batch(seed=step), Moment(step))
+            loss = machine.model.total(made.losses, {})
             machine.backward(loss, last=True)
-            machine.model.commit("all")
+            machine.model.commit([made.keys], step, "step")
             machine.step(1e-3)
             machine.after_step(0.9)
             losses.append(float(loss.detach()))

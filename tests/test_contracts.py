@@ -17,6 +17,7 @@ from tests.models import batch_for
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
 from vlscale.objectives.base import Objective
+from vlscale.types import Moment
 
 # What an objective may leave untouched on its own: (part of a parameter's name, why).
 EXCUSED = {
@@ -83,7 +84,7 @@ def test_pair_trains(family: ModuleType, objective: ModuleType) -> None:
     config, model = built(family, objective)
     batch = batch_for(config.inputs, config.vocab)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    total = model.total(model(batch, 2), model.counts(batch))
+    total = model.total(model(batch, Moment(2)).losses, model.counts(batch))
     assert torch.isfinite(total)
     total.backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
@@ -97,7 +98,7 @@ def test_pair_trains(family: ModuleType, objective: ModuleType) -> None:
         assert torch.equal(buffer, before[name]), f"forward changed {name}"
     model.eval()
     with torch.no_grad():
-        model(batch, 2)
+        model(batch, Moment(2))
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), f"evaluation changed {name}"
 

@@ -16,7 +16,7 @@ from vlscale.families import albef
 from vlscale.model import PretrainModel, Task
 from vlscale.objectives import itc, mlm
 from vlscale.optim import OptimConfig
-from vlscale.types import IGNORE, Batch, Text, Visual
+from vlscale.types import IGNORE, Batch, Moment, Text, Visual
 
 FILES = Path(__file__).parent.parent / "ds_configs"
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip=1.0)
@@ -54,15 +54,16 @@ def series(engine: Any, ranks: list[int]) -> dict[str, list[float]]:
     """Losses, norms and twin of six steps; `ranks` are the micro-batches that this process takes."""
     out: dict[str, list[float]] = {"loss": [], "norm": [], "twin": []}
     for step in range(1, len(STEPS) + 1):
-        losses = []
+        losses, keys = [], []
         for number, rank in enumerate(ranks):
             batch = batch_of(engine.model, step, rank).to(engine.device)
-            loss = engine.model.total(engine.forward(batch, step), {})
+            made = engine.forward(batch, Moment(step))
+            loss = engine.model.total(made.losses, {})
             engine.backward(loss, last=number == len(ranks) - 1)
             losses.append(loss.detach())
-            if len(ranks) == 1:
-                engine.model.commit(batch.task)
+            keys.append(made.keys)
         report = engine.step(1e-2)
+        engine.model.commit(keys, step, "step")
         engine.after_step(0.9)
         total = distributed.sum_over_ranks({"loss": torch.stack(losses).mean()})["loss"]
         out["loss"].append(float(total) / distributed.world_size())

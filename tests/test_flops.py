@@ -8,13 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import albef_batch, albef_model
 from vlscale.flops import peak_flops, step_flops
+from vlscale.types import Moment
 
 
 @pytest.mark.parametrize(("queue", "soften"), [(8, 0.4), (0, 0.0), (64, 0.0)])
 def test_forward_equals_torchs_counter(queue: int, soften: float) -> None:
     model, batch = albef_model(queue=queue, soften=soften, layers=2), albef_batch()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch, 2)
+        model(batch, Moment(2))
     assert step_flops(model, batch).forward == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vlscale.nn import momentum
 from vlscale.nn.attention import Attention, SelfAttention, attention_mask
 from vlscale.nn.bert import BertEmbeddings, WordHead, bert_layers
-from vlscale.nn.queue import KeyQueue
+from vlscale.nn.queue import KeyQueue, QueueOptions
 from vlscale.nn.temperature import Temperature
 from vlscale.nn.transformer import PreNormBlock, Stack
 from vlscale.nn.vit import PIXEL_MEAN, PIXEL_STD, ImageEncoder, normalize_pixels, resize_positions
@@ -126,7 +126,7 @@ def test_temperature_is_fp32_and_clamped_with_a_gradient() -> None:
 
 
 def test_queue_is_a_ring() -> None:
-    queue = KeyQueue(5, 2, "empty")
+    queue = KeyQueue(QueueOptions(queue=5, queue_start="empty"), 2)
     assert not queue.valid().any()
     keys = torch.arange(24.0).reshape(12, 2)
     queue.push(keys[:3], torch.arange(3), step=1)
@@ -144,14 +144,14 @@ def test_queue_is_a_ring() -> None:
 
 def test_random_start_is_the_same_everywhere() -> None:
     torch.manual_seed(1)
-    first = KeyQueue(4, 3, seed=7)
+    first = KeyQueue(QueueOptions(queue=4), 3, seed=7)
     torch.manual_seed(2)
-    second = KeyQueue(4, 3, seed=7)
+    second = KeyQueue(QueueOptions(queue=4), 3, seed=7)
     torch.testing.assert_close(first.keys, second.keys, rtol=0, atol=0)
     torch.testing.assert_close(first.keys.norm(dim=1), torch.ones(4))
     assert first.valid().all()
     assert (first.ids == -1).all()
-    assert not torch.equal(KeyQueue(4, 3, seed=8).keys, first.keys)
+    assert not torch.equal(KeyQueue(QueueOptions(queue=4), 3, seed=8).keys, first.keys)
     assert all(buffer.ndim > 0 for buffer in first.buffers())
 
 

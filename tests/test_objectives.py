@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from tests.models import albef_batch, albef_model
 from vlscale.errors import ConfigError
 from vlscale.families import albef
-from vlscale.model import Encodings, MomentumEncodings, PretrainModel
+from vlscale.model import Encodings, PretrainModel
 from vlscale.objectives import itc, itm, mlm
-from vlscale.types import IGNORE, Batch
+from vlscale.types import IGNORE, Batch, Moment
 
 
 def encodings(model: PretrainModel, batch: Batch, step: int = 1) -> Encodings:
-    twin = MomentumEncodings(model.twin, batch, step) if model.twin is not None else None
-    return Encodings(model.family, batch, step, twin)
+    at = Moment(step)
+    return Encodings(model.family, batch, at, model.key_queues(), model.momentum_encodings(batch, at))
 
 
 def moved_twin(model: PretrainModel) -> PretrainModel:
@@ -46,8 +46,8 @@ def test_itc_by_hand() -> None:
     (image, text), (image_m, text_m) = embeds(enc), embeds(enc.momentum)
     total = torch.zeros(())
     for query, teacher, keys, queue in (
-        (image, image_m, text_m, objective.text_queue),
-        (text, text_m, image_m, objective.image_queue),
+        (image, image_m, text_m, model.key_queues()["text"]),
+        (text, text_m, image_m, model.key_queues()["image"]),
     ):
         columns = torch.cat([keys, queue.keys])
         target = 0.4 * (teacher @ columns.T / 0.07).softmax(1)
@@ -69,17 +69,30 @@ def test_itc_without_twin_is_plain_infonce_with_gradient_on_both_sides() -> None
     torch.testing.assert_close(given, torch.autograd.grad(want, [image, text]))
 
 
-def test_itc_same_picture_shares_the_target() -> None:
-    family = albef.build(albef.tiny())
-    options = itc.Config(queue=4, soften=0.0, queue_start="empty", same_picture="positive")
-    objective = itc.build(options, family)
-    assert objective.image_queue is not None
-    objective.image_queue.push(F.normalize(torch.randn(2, 8), dim=1), torch.tensor([7, 3]), 1)
-    positives = objective._positives(torch.tensor([7, 7, 5]), objective.image_queue)
-    targets = objective.targets(None, positives, 0.0)
-    third = 1 / 3
-    want = torch.tensor([[third, third, 0, third, 0, 0, 0]] * 2 + [[0, 0, 1, 0, 0, 0, 0]])
-    torch.testing.assert_close(targets, want)
+@pytest.mark.parametrize("soften", [0.0, 0.4])
+@pytest.mark.parametrize("same_picture", ["positive", "excluded"])
+def test_itc_other_captions_of_the_same_picture(same_picture: Any, soften: float) -> None:
+    family = albef.build(replace(albef.tiny(), dropout=0.0))
+    options = itc.Config(queue=4, soften=soften, queue_start="empty", same_picture=same_picture)
+    model = moved_twin(PretrainModel(family, {"itc": itc.build(options, family)}))
+    for name, queue in model.key_queues().items():
+        torch.manual_seed(len(name))
+        queue.push(F.normalize(torch.randn(3, 8), dim=1), torch.tensor([7, 3, 5]), 1)
+    batch = replace(albef_batch(), pair_id=torch.tensor([7, 7, 5, 2]))
+    enc = encodings(model, batch)
+    (image, text), (image_m, text_m) = embeds(enc), embeds(enc.momentum)
+    total = torch.zeros(())
+    for query, teacher, keys, name in ((image, image_m, text_m, "text"), (text, text_m, image_m, "image")):
+        columns = torch.cat([keys, model.key_queues()[name].keys[:3]])
+        same = batch.pair_id[:, None] == torch.tensor([7, 7, 5, 2, 7, 3, 5])
+        own = torch.eye(4, 7, dtype=torch.bool)
+        out = same & ~own if same_picture == "excluded" else torch.zeros_like(same)
+        true = (same if same_picture == "positive" else own).float()
+        soft = (teacher @ columns.T / 0.07).masked_fill(out, -torch.inf).softmax(1)
+        target = (1 - soften) * true / true.sum(1, keepdim=True) + soften * soft
+        logs = (query @ columns.T / 0.07).masked_fill(out, -torch.inf).log_softmax(1).masked_fill(out, 0.0)
+        total = total - (target * logs).sum(1).mean() / 2
+    torch.testing.assert_close(model.objectives["itc"](enc, batch).value, total)
 
 
 def test_itc_empty_queue_weighs_nothing() -> None:
@@ -90,7 +103,7 @@ def test_itc_empty_queue_weighs_nothing() -> None:
         family = albef.build(replace(albef.tiny(), dropout=0.0))
         objective = itc.build(itc.Config(queue=queue, soften=0.4, queue_start="empty"), family)
         model = PretrainModel(family, {"itc": objective})
-        loss = model(batch, 1)["itc"].value
+        loss = model(batch, Moment(1)).losses["itc"].value
         loss.backward()
         gradient = model.family.temperature.value.grad
         assert gradient is not None
@@ -103,17 +116,18 @@ def test_forward_changes_nothing_and_commit_pushes_this_batch() -> None:
     model, batch = moved_twin(albef_model()), albef_batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     enc = encodings(model, batch, step=3)
-    model.objectives["itc"](enc, batch)
-    model(batch, 3)
+    made = model(batch, Moment(3))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    model.commit("all")
-    queue: Any = model.objectives["itc"].text_queue
+    model.commit([made.keys], 3, "micro_batch")  # these queues take theirs once per step
+    queue = model.key_queues()["text"]
+    assert queue.pointer.item() == 0
+    model.commit([made.keys], 3, "step")
     torch.testing.assert_close(queue.keys[:4], embeds(enc.momentum)[1])
     assert queue.ids[:4].tolist() == [0, 1, 2, 3]
     assert queue.entered[:4].tolist() == [3] * 4
-    model.commit("all")  # nothing waits any more
     assert queue.pointer.item() == 4
+    assert model.queue_metrics(5)["queue/text/age_steps"] == pytest.approx((4 * 2 + 4 * 5) / 8)
 
 
 def test_itm_draws_by_similarity_and_never_the_partner() -> None:
@@ -122,18 +136,18 @@ def test_itm_draws_by_similarity_and_never_the_partner() -> None:
     objective: Any = model.objectives["itm"]
     enc = encodings(model, batch)
     _, text = embeds(enc)
-    image_m, _ = embeds(enc.momentum)
-    t2i, i2t = objective.weights(enc, batch.pair_id)
+    image_m, text_m = embeds(enc.momentum)
+    t2i, i2t = objective.weights(enc, batch.pair_id, image_m, text_m, batch.pair_id)
     want = (text @ image_m.T / 0.07).softmax(1) + 1e-4
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 3)):
         want[row, column] = 0.0
         assert i2t[row, column] == 0
     torch.testing.assert_close(t2i, want)
     for _ in range(20):
-        pictures, texts = objective.draw(t2i, i2t)
+        pictures, texts = objective.draw(enc, t2i, i2t)
         assert not (batch.pair_id[pictures] == batch.pair_id).any()
         assert not (batch.pair_id[texts] == batch.pair_id).any()
-    only = objective._allowed(torch.tensor([1, 1]))
+    only = objective._allowed(0, torch.tensor([1, 1]), torch.tensor([1, 1]))
     assert only.tolist() == [[False, True], [True, False]]
 
 
@@ -141,7 +155,7 @@ def test_itm_rows() -> None:
     model, batch = albef_model(), albef_batch()
     objective: Any = model.objectives["itm"]
     pictures, texts = torch.tensor([1, 2, 3, 0]), torch.tensor([3, 0, 1, 2])
-    objective.draw = lambda t2i, i2t: (pictures, texts)
+    objective.draw = lambda enc, t2i, i2t: (pictures, texts)
     enc = encodings(model, batch)
     loss = objective(enc, batch)
     text, visual = enc.text("clean"), enc.visual("clean")
@@ -162,7 +176,7 @@ def test_itm_rows() -> None:
 
 def test_itm_needs_two_samples() -> None:
     with pytest.raises(ConfigError, match="micro_batch"):
-        albef_model()(albef_batch(size=1), 1)
+        albef_model()(albef_batch(size=1), Moment(1))
 
 
 def test_mlm_by_hand_and_its_count() -> None:
@@ -191,7 +205,7 @@ def test_mlm_without_labels_is_zero_with_zero_gradient(soften: float) -> None:
     masked = batch.text["masked"]
     assert masked.labels is not None
     text = {**batch.text, "masked": masked._replace(labels=torch.full_like(masked.labels, IGNORE))}
-    loss = model(replace(batch, text=text), 1)["mlm"].value
+    loss = model(replace(batch, text=text), Moment(1)).losses["mlm"].value
     assert loss.item() == 0.0
     loss.backward()
     head: Any = model.objectives["mlm"].head
@@ -203,14 +217,15 @@ def test_padding_cannot_change_a_loss() -> None:
     for padding in (0, 4):
         model = moved_twin(albef_model())
         torch.manual_seed(3)
-        values.append({name: loss.value for name, loss in model(albef_batch(padding=padding), 2).items()})
+        values.append({name: loss.value for name, loss in model(albef_batch(padding=padding), Moment(2)).losses.items()})
     torch.testing.assert_close(values[0], values[1])
 
 
 def test_metrics_and_limits() -> None:
     model = albef_model()
-    metrics = model(albef_batch(), 2)["itc"].metrics
-    assert {"temperature", "queue/image/filled", "queue/text/age_steps"} <= set(metrics)
+    metrics = model(albef_batch(), Moment(2)).losses["itc"].metrics
+    assert {"temperature", "itc/accuracy"} <= set(metrics)
+    assert set(model.queue_metrics(2)) >= {"queue/image/filled", "queue/text/age_steps"}
     assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
     contrast: Any = model.objectives["itc"]
     ((parameter, least, greatest),) = contrast.limits()

@@ -19,6 +19,7 @@ from vlscale.model import PretrainModel
 from vlscale.nn.transformer import PreNormBlock, Stack, call_block
 from vlscale.optim import OptimConfig
 from vlscale.recompute import MODES, set_activation_checkpointing
+from vlscale.types import Moment
 
 
 def non_reentrant(function: torch.nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -31,7 +32,7 @@ def gradients(model: PretrainModel) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(5)
     batch = albef_batch()
-    model.total(model(batch, 2), model.counts(batch)).backward()  # type: ignore[no-untyped-call]
+    model.total(model(batch, Moment(2)).losses, model.counts(batch)).backward()  # type: ignore[no-untyped-call]
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
@@ -128,7 +129,7 @@ def zero_series(stage: str, dropout: float) -> dict[str, list[float]]:
         numbers = []
         for step in (1, 2):
             torch.manual_seed(step)
-            loss = model.total(engine.forward(albef_batch(seed=step), step), {})
+            loss = model.total(engine.forward(albef_batch(seed=step), Moment(step)).losses, {})
             engine.backward(loss, last=True)
             numbers += [float(loss.detach()), float(engine.step(1e-2).grad_norm)]
             engine.after_step(0.9)

@@ -57,8 +57,8 @@ def test_published_names_fill_family_twin_queue_and_heads() -> None:
         "family.fusion_stack.blocks.1.cross_attention.value.bias": tensors[
             "text_encoder.bert.encoder.layer.1.crossattention.self.value.bias"
         ],
-        "objectives.itc.text_queue.keys": tensors["text_queue"].T,
-        "objectives.itc.image_queue.pointer": tensors["queue_ptr"],
+        "queues.text.keys": tensors["text_queue"].T,
+        "queues.image.pointer": tensors["queue_ptr"],
         "objectives.mlm.head_twin.bias": tensors["text_encoder_m.cls.predictions.bias"],
     }.items():
         assert torch.equal(state[ours], theirs), ours

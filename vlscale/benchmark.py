@@ -31,7 +31,7 @@ from vlscale.monitor import Monitor
 from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
-from vlscale.types import Batch
+from vlscale.types import Batch, Moment
 
 AGAINST = ("bare",)
 Steps = Iterator[tuple[int, list[Batch]]]
@@ -96,12 +96,15 @@ class BareLoop:
         request, setting, model, machine, _ = self._parts
         run, engine = request.run, machine.deepspeed
         task = train.pick_task(run, model, step)
-        for each in micro_batches:
+        keys = []
+        for number, each in enumerate(micro_batches):
             batch = replace(each, task=task).to(setting.device)
-            losses = engine(batch, step)
-            engine.backward(model.total(losses, {}))
-            model.commit(task)
+            made = engine(batch, Moment(step, run.seed, number, len(micro_batches)))
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            engine.backward(model.total(made.losses, {}))
             engine.step()
+            keys.append(made.keys)
+        model.commit(keys, step, "step")
         machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
         return False
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlscale.errors import ConfigError, TrainingError
 
@@ -39,6 +42,8 @@ def init() -> torch.device:
     Raises:
         ConfigError: the environment is incomplete, or names a GPU that this machine does not have.
     """
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.13 says so at every call
+        warnings.filterwarnings("ignore", rf"`torch.distributed.{name}` is deprecated", FutureWarning)
     _one_process_defaults()
     cuda = torch.cuda.is_available()
     if cuda and local_rank() >= torch.cuda.device_count():
@@ -80,14 +85,155 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_no_grad(tensor: Tensor) -> Tensor:
-    """[b, ...] of every rank -> [W * b, ...] in rank order, without gradient. Every rank gives the same b."""
-    tensor = tensor.detach().contiguous()
+def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """[b, ...] each, of any types, -> [W * b, ...] each in rank order, in ONE all-gather.
+
+    Every rank gives the same shapes. The gradients of all ranks' rows go home summed, in ONE reduce-scatter
+    of fp32: the mean over ranks of what each rank's own loss makes of them is then the gradient of the mean
+    loss. A tensor that stands twice travels once; without gradient nothing comes back.
+    """
+    if world_size() == 1:
+        return list(tensors)
+    distinct = list({id(tensor): tensor for tensor in tensors}.values())
+    out: Sequence[Tensor] = _Gather.apply(*distinct)  # type: ignore[no-untyped-call]
+    gathered = {id(tensor): whole for tensor, whole in zip(distinct, out, strict=True)}
+    return [gathered[id(tensor)] for tensor in tensors]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        rows = tensors[0].shape[0]
+        flat = [tensor.detach().contiguous().view(rows, -1).view(torch.uint8) for tensor in tensors]
+        message = torch.cat(flat, dim=1)
+        whole = message.new_empty((world_size() * rows, message.shape[1]))
+        dist.all_gather_into_tensor(whole, message)
+        parts = torch.split(whole, [part.shape[1] for part in flat], dim=1)
+        out = tuple(
+            part.contiguous().view(dtype).view(-1, *shape[1:])
+            for part, (shape, dtype) in zip(parts, ctx.shapes, strict=True)
+        )
+        ctx.mark_non_differentiable(*(o for o, need in zip(out, ctx.needs_input_grad, strict=True) if not need))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [number for number, need in enumerate(ctx.needs_input_grad) if need]
+        rows = ctx.shapes[0][0][0]
+        message = torch.cat([gradients[number].reshape(world_size() * rows, -1).float() for number in wanted], dim=1)
+        own = message.new_empty((rows, message.shape[1]))
+        dist.reduce_scatter_tensor(own, message)
+        widths = [ctx.shapes[number][0][1:].numel() for number in wanted]
+        out: list[Tensor | None] = [None] * len(ctx.shapes)
+        for number, part in zip(wanted, torch.split(own, widths, dim=1), strict=True):
+            shape, dtype = ctx.shapes[number]
+            out[number] = part.reshape(shape).to(dtype)
+        return tuple(out)
+
+
+def sum_scatter(tensor: Tensor) -> Tensor:
+    """[W * b, ...] -> [b, ...]: this rank's rows (in rank order) of the sum over ranks, without gradient."""
     if world_size() == 1:
         return tensor
-    out = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(out, tensor)
+    own = tensor.new_empty((tensor.shape[0] // world_size(), *tensor.shape[1:]))
+    dist.reduce_scatter_tensor(own, tensor.contiguous())
+    return own
+
+
+def fetch_rows(rows: Tensor, owner: Tensor, place: Tensor) -> Tensor:
+    """Chosen rows of other ranks: out[i] = the row `place[i]` of rank `owner[i]`, with gradient to that rank.
+
+    Only the chosen rows travel. Every rank takes part, each with as many wishes as it likes.
+
+    Args:
+        rows: [n, ...] of this rank, the same trailing shape on all ranks.
+        owner: [k] int64 ranks.
+        place: [k] int64 places among that rank's rows.
+
+    Returns:
+        [k, ...]
+    """
+    if world_size() == 1:
+        return rows[place]
+    order = owner.argsort(stable=True)
+    wishes = torch.bincount(owner, minlength=world_size())
+    (everyone,) = gather([wishes[None]])  # [W, W]: how many rows each rank wants of each
+    asked, sent = everyone[rank()].tolist(), everyone[:, rank()].tolist()
+    wanted = torch.empty(sum(sent), dtype=torch.int64, device=place.device)
+    dist.all_to_all_single(wanted, place[order], sent, asked)
+    out: Tensor = _Exchange.apply(rows[wanted], sent, asked)  # type: ignore[no-untyped-call]
+    return out[order.argsort()]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], asked: list[int]) -> Tensor:
+        ctx.sent, ctx.asked = sent, asked
+        out = rows.new_empty((sum(asked), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), asked, sent)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        home = gradient.new_empty((sum(ctx.sent), *gradient.shape[1:]))
+        dist.all_to_all_single(home, gradient.contiguous(), ctx.sent, ctx.asked)
+        return home, None, None
+
+
+def pass_on(tensor: Tensor) -> Tensor:
+    """This rank's tensor goes to the next rank of the ring; returns the one of the rank before. No gradient."""
+    if world_size() == 1:
+        return tensor
+    tensor, received = tensor.contiguous(), torch.empty_like(tensor)
+    behind, ahead = (rank() - 1) % world_size(), (rank() + 1) % world_size()
+    ways = [dist.P2POp(dist.isend, tensor, ahead), dist.P2POp(dist.irecv, received, behind)]
+    for way in dist.batch_isend_irecv(ways):
+        way.wait()
+    return received
+
+
+def log_sum_exp_over_ranks(partial: Tensor) -> Tensor:
+    """[N] on each rank -> [N]: log of the sum over ranks of exp, the same everywhere, with gradient.
+
+    The gradient is that of the sum over ranks of every rank's loss.
+    """
+    if world_size() == 1:
+        return partial
+    out: Tensor = _LogSumExp.apply(partial)  # type: ignore[no-untyped-call]
     return out
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor) -> Tensor:
+        greatest = partial.clone()
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        total = (partial - greatest).exp()
+        dist.all_reduce(total)
+        whole = greatest + total.log()
+        ctx.save_for_backward((partial - whole).exp())
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (share,) = ctx.saved_tensors
+        everyone = gradient.clone()
+        dist.all_reduce(everyone)
+        out: Tensor = everyone * share
+        return out
+
+
+def greatest(value: int) -> int:
+    """The greatest of all ranks' numbers."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box.item())
 
 
 def gather_objects(value: object) -> list[object]:
@@ -157,3 +303,11 @@ class StopVote:
         answer = self._pending is not None and bool(self._pending.item() > 0)
         self._pending = message
         return answer
+
+
+def gather_parts_(whole: Tensor, part: Tensor) -> None:
+    """Fill `whole` [W * n] with every rank's `part` [n] in rank order; `part` may be this rank's place in it."""
+    if world_size() > 1:
+        dist.all_gather_into_tensor(whole, part)
+    elif whole.data_ptr() != part.data_ptr():
+        whole.copy_(part)

@@ -22,11 +22,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vlscale import distributed, ds_config, optim
+from vlscale import averages, distributed, ds_config, optim
+from vlscale.averages import Averages
 from vlscale.errors import ConfigError
 from vlscale.model import PretrainModel
-from vlscale.nn import momentum
-from vlscale.types import Batch, Loss
+from vlscale.types import Batch, Moment, Pass
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Loss]:
-        """The losses of one micro-batch (already on the device)."""
+    def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
+        """One pass of the model over a micro-batch (already on the device); see `PretrainModel.forward`."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate gradients; `last` marks the step's last micro-batch. Once per micro-batch."""
+        """Accumulate gradients of `loss` over the number of micro-batches; `last` marks the step's last call."""
         ...
 
     def step(self, lr: float) -> StepReport:
@@ -79,27 +79,19 @@ class _Engine:
 
     model: PretrainModel
 
-    def _prepare_momentum(self) -> None:
-        self._pairs = self.model.momentum_pairs()
-        self._averages = [
-            part if part.dtype == torch.float32 else part.float()  # an fp32 twin is its own average
-            for part in (self._part(twin) for _, twin in self._pairs)
-        ]
+    _averages: Averages
+
+    def _followed(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(online, twin) parameters of which an average is kept: a frozen one's twin stays as it is."""
+        return [(online, twin) for online, twin in self.model.momentum_pairs() if online.requires_grad]
 
     def _part(self, parameter: nn.Parameter) -> Tensor:
         """The storage, in training precision, that holds this rank's part of a parameter."""
         return parameter.data
 
-    def _source(self, parameter: nn.Parameter) -> Tensor:
-        """The same part in fp32, as precise as it is kept here."""
-        return parameter.data.float()
-
     def _masters(self, parameter: nn.Parameter) -> list[Tensor]:
         """fp32 masters of (parts of) the parameter on this rank, other than its own storage."""
         return []
-
-    def _refresh(self, parameters: list[nn.Parameter]) -> None:
-        """Make whole copies that are kept beside the parts follow them."""
 
     @torch.no_grad()
     def after_step(self, coefficient: float) -> None:
@@ -108,25 +100,9 @@ class _Engine:
         for parameter, least, greatest in limits:
             for tensor in (self._part(parameter), parameter.data, *self._masters(parameter)):
                 tensor.clamp_(least, greatest)
-        if not self._pairs:
-            return
-        twins = [twin for _, twin in self._pairs]
-        momentum.update(self._averages, [self._source(online) for online, _ in self._pairs], coefficient)
-        for average, twin in zip(self._averages, twins, strict=True):
-            part = self._part(twin)
-            if average is not part:
-                part.copy_(average)
-        self._refresh(twins)
+        self._averages.update(coefficient)
         for online, buffer in self.model.momentum_buffers():
             buffer.copy_(online)
-
-    def _save_averages(self, path: Path) -> None:
-        torch.save([average.cpu() for average in self._averages], path)
-
-    def _load_averages(self, path: Path) -> None:
-        kept = torch.load(path, weights_only=True)
-        for average, value in zip(self._averages, kept, strict=True):
-            average.copy_(value)
 
 
 class DeepSpeedEngine(_Engine):
@@ -169,26 +145,29 @@ class DeepSpeedEngine(_Engine):
         if self.stage == 0 and self.dtype != torch.float32:
             # this wrapper has made a step with zero gradients by now: harmless at learning rate 0, but counted
             self._optimizer.optimizer.state.clear()
-        for buffer in model.buffers():  # DeepSpeed broadcasts parameters, not buffers
-            distributed.broadcast_(buffer)
+        own = model.sharded_buffers()
+        for name, buffer in model.named_buffers():  # DeepSpeed broadcasts parameters, not buffers
+            if name not in own:
+                distributed.broadcast_(buffer)
         self._clear_padding()
-        self._prepare_momentum()
+        self._averages = self._prepare_averages()
 
     @property
     def deepspeed(self) -> Any:
         """DeepSpeed's own engine, to measure what this class and the loop add to it."""
         return self._ds
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Loss]:
+    def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
         """See `Engine.forward`."""
-        losses: dict[str, Loss] = self._ds(batch, step)
-        return losses
+        made: Pass = self._ds(batch, at, phase)
+        return made
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine.backward`."""
+        self._ds.set_gradient_accumulation_boundary(last)  # two-pass steps call more often than it would count
         self._ds.backward(loss)
         if not last:
-            self._ds.step()  # off the boundary this only counts the micro-batch
+            self._ds.step()  # off the boundary this only counts the call
 
     def step(self, lr: float) -> StepReport:
         """See `Engine.step`."""
@@ -212,24 +191,41 @@ class DeepSpeedEngine(_Engine):
                 whole = deepspeed.zero.GatheredParameters([parameter])
             with whole:
                 yield name, parameter.detach().cpu().clone()
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self.model.whole_buffers():
             yield name, buffer.detach().cpu().clone()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
         self._ds.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        if self._pairs and (self.stage == 3 or distributed.rank() == 0):
-            self._save_averages(folder / self._averages_name())
+        own = self.model.sharded_buffers()
+        if own:  # DeepSpeed keeps rank 0's buffers alone
+            torch.save({name: buffer.cpu() for name, buffer in own.items()}, _queues_file(folder))
+        if self._averages.masters and (self.stage > 0 or distributed.rank() == 0):
+            self._averages.save(self._averages_file(folder))
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
         self._ds.load_checkpoint(str(folder), tag="deepspeed")
-        if self._pairs:
-            self._load_averages(folder / self._averages_name())
+        own = self.model.sharded_buffers()
+        kept = torch.load(_queues_file(folder), weights_only=True) if own else {}
+        for name, buffer in own.items():
+            buffer.copy_(kept[name])
+        if self._averages.masters:
+            self._averages.load(self._averages_file(folder))
 
-    def _averages_name(self) -> str:
-        part = distributed.rank() if self.stage == 3 else 0
-        return f"momentum_{part:05d}.pt"
+    def _averages_file(self, folder: Path) -> Path:
+        return folder / f"momentum_{distributed.rank() if self.stage > 0 else 0:05d}.pt"
+
+    def _prepare_averages(self) -> Averages:
+        pairs = self._followed()
+        if self.stage == 3:
+            return averages.sharded(pairs, self._optimizer)
+        if self.stage > 0:
+            own = vars(self._optimizer)  # stage 1 in bf16 without offload has a class and names of its own
+            weights = own.get("bit16_groups_flat") or own["bf16_groups_flat"]
+            masters = own.get("single_partition_of_fp32_groups") or own["fp32_groups_flat_partition"]
+            return averages.partitioned(pairs, weights, masters)
+        return averages.whole(pairs, [(self._masters(online) or [online.data])[0] for online, _ in pairs])
 
     def _plain_gradients(self) -> float | None:
         """At stage 0 gradients are plain: zero where there is none; the norm, where DeepSpeed keeps none."""
@@ -258,15 +254,6 @@ class DeepSpeedEngine(_Engine):
         part: Tensor = parameter.ds_tensor.data.view(-1) if self.stage == 3 else parameter.data  # type: ignore[attr-defined]
         return part
 
-    def _source(self, parameter: nn.Parameter) -> Tensor:
-        part = self._part(parameter)
-        if self.stage < 3 or not parameter.requires_grad:
-            return part.float()
-        source = part.float()
-        for master in self._masters(parameter):
-            source[: master.numel()] = master.reshape(-1)
-        return source
-
     @torch.no_grad()
     def _clear_padding(self) -> None:
         """At stage 3 the last part may reach beyond its parameter; what DeepSpeed leaves there is chance, yet saved."""
@@ -282,21 +269,14 @@ class DeepSpeedEngine(_Engine):
         if not parameter.requires_grad or (self.dtype == torch.float32 and self.stage == 0):
             return []
         if self.stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            return [safe_get_local_fp32_param(parameter)]
+            group, start, count = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            master = self._optimizer.fp32_partitioned_groups_flat[group].detach()
+            return [master[start : start + count]] if len(master) else []  # on NVMe it is out of reach
         if self.stage == 0:
             pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
             return [hp for lps, hps in pairs for lp, hp in zip(lps, hps, strict=True) if lp is parameter]
         mapping = getattr(parameter, "_hp_mapping", None)  # this rank's fragment of the fp32 master, if any
         return [] if mapping is None else [mapping.get_hp_fragment()]
-
-    def _refresh(self, parameters: list[nn.Parameter]) -> None:
-        persistent: list[Any] = [each for each in parameters if getattr(each, "ds_persist", False)]
-        if persistent:
-            for parameter in persistent:
-                parameter.partition()
-            persistent[0].all_gather(persistent)
 
 
 class LocalEngine(_Engine):
@@ -315,12 +295,13 @@ class LocalEngine(_Engine):
         self._clip = optim_config.clip
         self._accumulation = accumulation
         self._optimizer = _adamw(model, optim_config)
-        self._prepare_momentum()
+        pairs = self._followed()
+        self._averages = averages.whole(pairs, [online.data for online, _ in pairs])
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Loss]:
+    def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
         """See `Engine.forward`."""
-        losses: dict[str, Loss] = self.model(batch, step)
-        return losses
+        made: Pass = self.model(batch, at, phase)
+        return made
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine.backward`."""
@@ -356,6 +337,10 @@ class LocalEngine(_Engine):
         state = torch.load(folder / "local.pt", weights_only=True)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _queues_file(folder: Path) -> Path:
+    return folder / f"queues_{distributed.rank():05d}.pt"
 
 
 def _adamw(model: PretrainModel, config: optim.OptimConfig) -> torch.optim.AdamW:

@@ -1,23 +1,26 @@
-"""The one module that DeepSpeed wraps: a family, the objectives that ask it, and its momentum twin."""
+"""The one module that DeepSpeed wraps: a family, the objectives that ask it, its momentum twin and its key queues."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vlscale import distributed
 from vlscale.errors import ConfigError
-from vlscale.types import Batch, Fused, Loss, Stream
+from vlscale.nn.queue import DTYPES, KeyQueue, QueueOptions
+from vlscale.types import Batch, Fused, Keys, Loss, Moment, Pass, Stream, lengthened
 
 if TYPE_CHECKING:
     from vlscale.families.base import Family
     from vlscale.objectives.base import Objective
 
 T = TypeVar("T")
+Shared = Mapping[str, tuple[Tensor, ...]]  # by objective: what the whole step's batch gave in `share`
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,21 @@ class Task:
 class Encodings:
     """The passes of one micro-batch, each made when first asked for and then kept; it dies with the step."""
 
-    def __init__(self, family: Family, batch: Batch, step: int, momentum: Encodings | None = None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        batch: Batch,
+        at: Moment,
+        queues: Mapping[str, KeyQueue],
+        momentum: Encodings | None = None,
+    ) -> None:
         self.family = family
-        self.step = step
+        self.at = at
+        self.step = at.step
+        self.first = (at.number * distributed.world_size() + distributed.rank()) * len(batch)
+        self.alone = at.of == 1
         self._batch = batch
+        self._queues = queues
         self._momentum = momentum
         self._kept: dict[tuple[str, ...], Any] = {}
 
@@ -59,6 +73,36 @@ class Encodings:
             lambda: self.family.fuse(self.text(text_view), self.visual(visual_view), causal),
         )
 
+    def rows(self, kind: str, view: str, chosen: Tensor) -> Stream:
+        """Chosen samples [n] of the step's whole batch, [n, L or R, D]; only they travel."""
+        source = self._everyone(kind, view)
+        hidden, mask = source.hidden, source.mask
+        if mask is not None and distributed.world_size() > 1:  # padded to one length everywhere
+            length = distributed.greatest(mask.shape[1])
+            hidden, mask = lengthened(hidden, length), lengthened(mask, length)
+        block, row = chosen // len(self._batch), chosen % len(self._batch)
+        ranks = distributed.world_size()
+        owner, place = block % ranks, block // ranks * len(self._batch) + row
+        return Stream(
+            distributed.fetch_rows(hidden, owner, place),
+            None if mask is None else distributed.fetch_rows(mask, owner, place),
+        )
+
+    def uniforms(self, salt: int) -> Tensor:
+        """[B] fp64 in [0, 1), the same for a sample on whatever rank and in whatever micro-batch it is."""
+        size = len(self._batch)
+        generator = torch.Generator().manual_seed((self.at.seed * 1_000_003 + self.at.step) * 101 + salt)
+        everyone = torch.rand(self.first + size, generator=generator, dtype=torch.float64)
+        return everyone[self.first :].to(self._batch.pair_id.device)
+
+    def queue(self, name: str) -> KeyQueue:
+        """One of the model's key queues."""
+        return self._queues[name]
+
+    def _everyone(self, kind: str, view: str) -> Stream:
+        """The stream of all micro-batches of this rank: here there is one."""
+        return self.text(view) if kind == "text" else self.visual(view)
+
     def _once(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
             self._kept[key] = make()
@@ -74,16 +118,26 @@ class MomentumEncodings(Encodings):
             return super()._once(key, make)
 
 
+class Phase(Protocol):
+    """One of the passes of a step that encodes all its micro-batches before any loss is made (`two_pass`)."""
+
+    def run(self, model: PretrainModel, batch: Batch, at: Moment) -> Pass:
+        """What `PretrainModel.forward` does in this pass."""
+        ...
+
+
 class PretrainModel(nn.Module):
-    """family + objectives + momentum twin.
+    """family + objectives + momentum twin + key queues.
 
     The twin starts as a copy of the family, never receives a gradient, and moves in `engine.after_step`, once
-    per optimizer step. Nothing here changes state in `forward`.
+    per optimizer step. Queues move in `commit`. Nothing here changes state in `forward`.
 
     Raises:
-        ConfigError: an objective asks for something that the family does not offer, or a task names an
-            objective that is not configured.
+        ConfigError: an objective asks for something that the family does not offer, a task names an
+            objective that is not configured, or two objectives want one queue in two ways.
     """
+
+    copies_buffers: bool = True  # the twin's BatchNorm statistics: the online ones after each step, or its own
 
     def __init__(
         self, family: Family, objectives: Mapping[str, Objective], tasks: Mapping[str, Task] | None = None
@@ -95,6 +149,7 @@ class PretrainModel(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.tasks = dict(tasks) if tasks else {"all": Task(tuple(objectives))}
         _check_tasks(self.tasks, objectives)
+        self.queues = nn.ModuleDict(_build_queues(objectives))
         self.twin: Family | None = None
         if any(objective.momentum for objective in objectives.values()):
             self.twin = copy.deepcopy(family).requires_grad_(False)
@@ -111,11 +166,36 @@ class PretrainModel(nn.Module):
         for name in names:
             yield name, self.objectives[name]  # type: ignore[misc]
 
-    def forward(self, batch: Batch, step: int) -> dict[str, Loss]:
-        """{objective: loss} of one micro-batch for the batch's task; `step` counts from 1."""
-        momentum = MomentumEncodings(self.twin, batch, step) if self.twin is not None else None
-        enc = Encodings(self.family, batch, step, momentum)
-        return {name: objective(enc, batch) for name, objective in self.asked(batch.task)}
+    def whole(self, task: str) -> bool:
+        """Whether some objective of the task looks at the step's whole batch."""
+        return any(objective.whole for _, objective in self.asked(task))
+
+    def forward(self, batch: Batch, at: Moment, phase: Phase | None = None) -> Pass:
+        """Losses and new keys of one micro-batch for the batch's task."""
+        if phase is not None:
+            return phase.run(self, batch, at)
+        enc = Encodings(self.family, batch, at, self.key_queues(), self.momentum_encodings(batch, at))
+        asked = dict(self.asked(batch.task))
+        shares = {name: objective.share(enc, batch) for name, objective in asked.items() if objective.whole}
+        return self.ask(asked, enc, batch, everyones(shares))
+
+    def ask(self, asked: Mapping[str, Objective], enc: Encodings, batch: Batch, shared: Shared) -> Pass:
+        """The losses and keys of some objectives."""
+        losses: dict[str, Loss] = {}
+        keys: dict[str, Keys] = {}
+        for name, objective in asked.items():
+            given = shared.get(name, ())
+            losses[name] = objective(enc, batch, given)
+            keys |= objective.keys(enc, batch, given)
+        return Pass(losses, keys)
+
+    def momentum_encodings(self, batch: Batch, at: Moment) -> MomentumEncodings | None:
+        """The twin's encodings of a micro-batch; none without a twin."""
+        return MomentumEncodings(self.twin, batch, at, self.key_queues()) if self.twin is not None else None
+
+    def key_queues(self) -> dict[str, KeyQueue]:
+        """The queues by name."""
+        return dict(self.queues.items())  # type: ignore[arg-type]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """{objective: terms in this micro-batch} for objectives whose mean ranges over the whole step."""
@@ -134,31 +214,92 @@ class PretrainModel(nn.Module):
             parts.append(loss.value * weight * shares[name] if name in shares else loss.value * weight)
         return torch.stack([part.reshape(()) for part in parts]).sum()
 
-    def commit(self, task: str) -> None:
-        """Move what the task's objectives keep; after backward, once per micro-batch."""
-        for _, objective in self.asked(task):
-            objective.commit()
+    @torch.no_grad()
+    def commit(self, made: Sequence[Mapping[str, Keys]], step: int, when: Literal["step", "micro_batch"]) -> None:
+        """Let new keys into the queues, in global order; what is not yet everywhere travels in ONE all-gather.
+
+        Args:
+            made: `Pass.keys` of the micro-batches of this rank that enter together, of the same task.
+            step: the optimizer step being made.
+            when: only queues whose `queue_push` says so take their keys now.
+        """
+        names = [name for name in made[0] if self.key_queues()[name].options.queue_push == when]
+        dtypes = {name: DTYPES[self.key_queues()[name].options.queue_dtype] for name in names}
+        local = [name for name in names if not made[0][name].whole]
+        cast = {name: [keys[name].keys.to(dtypes[name]) for keys in made] for name in local}
+        ids: dict[int, Tensor] = {}  # queues that take keys of the same samples share their ids
+        for name in local:
+            first = made[0][name].ids
+            ids.setdefault(id(first), torch.cat([keys[name].ids for keys in made]))
+        message = [torch.cat(cast[name]) for name in local] + list(ids.values())
+        arrived = [global_order(part, len(made)) for part in distributed.gather(message)] if local else []
+        known = dict(zip(ids, arrived[len(local) :], strict=True))
+        for name, keys in zip(local, arrived[: len(local)], strict=True):
+            self.key_queues()[name].push(keys, known[id(made[0][name].ids)], step)
+        for name in names:
+            if made[0][name].whole:  # each micro-batch holds all of them
+                self.key_queues()[name].push(made[0][name].keys, made[0][name].ids, step)
+
+    def queue_metrics(self, step: int) -> dict[str, Tensor]:
+        """`queue/<name>/filled` and `queue/<name>/age_steps`, [] fp32 each."""
+        return {
+            f"queue/{name}/{figure}": value
+            for name, queue in self.key_queues().items()
+            for figure, value in queue.metrics(step).items()
+        }
+
+    def sharded_buffers(self) -> dict[str, Tensor]:
+        """{name: buffer} of this rank's parts of sharded queues; all other buffers are alike on all ranks."""
+        return {
+            f"queues.{name}.{key}": buffer
+            for name, queue in self.key_queues().items()
+            for key, buffer in queue.parts().items()
+        }
+
+    def whole_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, buffer) of all, sharded queues whole; all ranks take part."""
+        for name, buffer in self.named_buffers():
+            if not name.startswith("queues."):
+                yield name, buffer
+        for name, queue in self.key_queues().items():
+            for key, buffer in queue.whole().items():
+                yield f"queues.{name}.{key}", buffer
 
     def momentum_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, twin) parameters that the momentum update moves; a tied weight stands once."""
-        modules: list[tuple[nn.Module, nn.Module]] = []
-        if self.twin is not None:
-            modules.append((self.family, self.twin))
-        for _, objective in self.asked():
-            modules.extend(objective.twins())
         pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-        for online, twin in modules:
+        for online, twin in self._twins():
             targets = dict(twin.named_parameters())
             for name, parameter in online.named_parameters():
                 pairs[id(targets[name])] = (parameter, targets[name])
         return list(pairs.values())
 
     def momentum_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """(online, twin) buffers that the twin copies as they are (BatchNorm statistics)."""
-        if self.twin is None:
-            return []
-        targets = dict(self.twin.named_buffers())
-        return [(buffer, targets[name]) for name, buffer in self.family.named_buffers()]
+        """(online, twin) buffers that the twin copies after each step; none where it keeps its own statistics."""
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        for online, twin in self._twins() if self.copies_buffers else []:
+            targets = dict(twin.named_buffers())
+            pairs.update((id(targets[name]), (buffer, targets[name])) for name, buffer in online.named_buffers())
+        return list(pairs.values())
+
+    def _twins(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        if self.twin is not None:
+            yield self.family, self.twin
+        for _, objective in self.asked():
+            yield from objective.twins()
+
+
+def everyones(shares: Mapping[str, tuple[Tensor, ...]]) -> Shared:
+    """What each objective shares, of all ranks in rank order, in one message."""
+    flat = [tensor for share in shares.values() for tensor in share]
+    whole = iter(distributed.gather(flat) if flat else [])
+    return {name: tuple(next(whole) for _ in share) for name, share in shares.items()}
+
+
+def global_order(everyone: Tensor, number: int) -> Tensor:
+    """Rows rank by rank, in each `number` micro-batches -> micro-batch by micro-batch, in each rank by rank."""
+    blocks = everyone.view(distributed.world_size(), number, -1, *everyone.shape[1:])
+    return blocks.transpose(0, 1).reshape(everyone.shape)
 
 
 def check_served(name: str, needs: frozenset[str], family: Family) -> None:
@@ -170,6 +311,28 @@ def check_served(name: str, needs: frozenset[str], family: Family) -> None:
             f"'{type(family).__name__}' offers {sorted(family.offers)}; "
             f"take it out of objectives or choose a family that offers {sorted(missing)}"
         )
+
+
+def _build_queues(objectives: Mapping[str, Objective]) -> dict[str, KeyQueue]:
+    """One queue per name; its options are the same wherever it is named."""
+    found: dict[str, tuple[str, QueueOptions, int]] = {}
+    for objective_name, objective in objectives.items():
+        for name, (options, width) in objective.queues().items():
+            first, known, _ = found.setdefault(name, (objective_name, options, width))
+            for each in fields(QueueOptions):
+                one, other = getattr(known, each.name), getattr(options, each.name)
+                if one != other:
+                    raise ConfigError(
+                        f"objectives.{first}.{each.name} is {one} and objectives.{objective_name}.{each.name} is "
+                        f"{other}, but both use the {name} queue; give both the same"
+                    )
+    queues = {}
+    for seed, (name, (objective_name, options, width)) in enumerate(sorted(found.items())):
+        try:
+            queues[name] = KeyQueue(options, width, seed)
+        except ValueError as error:
+            raise ConfigError(f"objectives.{objective_name}.{error}") from None
+    return queues
 
 
 def _check_tasks(tasks: Mapping[str, Task], objectives: Mapping[str, Objective]) -> None:

@@ -13,7 +13,7 @@ from vlscale.build import Request
 from vlscale.errors import DONE
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
-from vlscale.types import Batch, Text, Visual
+from vlscale.types import Batch, Moment, Text, Visual
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PROBE = 2  # samples whose activations are measured
@@ -76,13 +76,15 @@ def memory_plan(model: PretrainModel, ds: dict[str, Any], world: int) -> dict[st
     zero = ds.get("zero_optimization", {})
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
     whole = sum(each.numel() for each in model.parameters())
-    twin = sum(each.numel() for _, each in model.momentum_pairs())
+    followed = sum(online.numel() for online, _ in model.momentum_pairs() if online.requires_grad)
+    along = trainable - followed if followed and stage else 0  # heads in the flat buffers, see vlscale.averages
+    averages = {2: followed + along, 4: along if stage == 3 else 0}[size] * 4  # an fp32 twin is its own average
     masters = 12 if size == 2 else 8
     return {
-        "weights": 0 if "offload_param" in zero else whole * size // (world if stage == 3 else 1),
+        "weights": 0 if "offload_param" in zero else whole * size // world if stage == 3 else (whole + along) * size,
         "gradients": trainable * 4 // (world if stage >= 2 else 1),
         "optimizer": 0 if "offload_optimizer" in zero else trainable * masters // (world if stage >= 1 else 1),
-        "momentum averages": 0 if size == 4 else twin * 4 // (world if stage == 3 else 1),
+        "momentum averages": 0 if "offload_optimizer" in zero else averages // (world if stage >= 1 else 1),
         "queues and other buffers": sum(each.numel() * each.element_size() for each in model.buffers()),
     }
 
@@ -103,8 +105,8 @@ def activation_bytes(model: PretrainModel, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = model(few, 1)
-        model.total(losses, {})
+        made = model(few, Moment(step=1))
+        model.total(made.losses, {})
     return sum(kept.values()) * len(batch) // len(few)
 
 

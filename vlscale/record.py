@@ -70,6 +70,7 @@ class Record:
             "epoch": step * run.data.batch // self._loader.num_samples,
             "task": batches[0].task,
             **mean_losses(self._model, losses, shares),
+            **self._queues(step),
         }
         lr = optim.lr_at(step, run.optim, run.steps)
         for group in optim.groups(self._model.named_parameters(), run.optim):
@@ -107,6 +108,11 @@ class Record:
     def _bad_samples(self) -> int:
         """How many were skipped so far on all ranks."""
         return sum(int(str(count)) for count in distributed.gather_objects(self._loader.bad_samples))
+
+    def _queues(self, step: int) -> dict[str, float]:
+        """How full and how old the key queues are; of sharded ones, the mean over ranks."""
+        sums = distributed.sum_over_ranks(self._model.queue_metrics(step))
+        return {name: float(value) / distributed.world_size() for name, value in sums.items()}
 
     def evaluate(self, step: int) -> None:
         """Retrieve among the validation pictures, where the family can."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlscale import build, distributed, optim
+from vlscale import build, distributed, optim, two_pass
 from vlscale.build import Request
 from vlscale.config import RunConfig
 from vlscale.engine import Engine, StepReport
@@ -20,7 +20,7 @@ from vlscale.monitor import Monitor
 from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
-from vlscale.types import Batch, Loss
+from vlscale.types import Batch, Loss, Moment
 
 
 def train(request: Request) -> int:
@@ -91,17 +91,22 @@ def one_step(
     seed_step(run.seed, step)
     task = pick_task(run, model, step)
     batches = [replace(batch, task=task).to(machine.device) for batch in micro_batches]
+    moments = [Moment(step, run.seed, number, len(batches)) for number in range(len(batches))]
     shares = step_shares(model, batches)
-    losses = []
-    for number, batch in enumerate(batches):
-        loss = machine.forward(batch, step)
-        machine.backward(model.total(loss, shares[number]), last=number == len(batches) - 1)
-        model.commit(task)
-        losses.append(loss)
+    if len(batches) > 1 and model.whole(task):
+        passes = two_pass.passes(model, machine, batches, moments, shares)
+    else:
+        passes = []
+        for number, batch in enumerate(batches):
+            made = machine.forward(batch, moments[number])
+            machine.backward(model.total(made.losses, shares[number]), last=number == len(batches) - 1)
+            model.commit([made.keys], step, "micro_batch")
+            passes.append(made)
     report = machine.step(optim.lr_at(step, run.optim, run.steps))
+    model.commit([made.keys for made in passes], step, "step")
     if report.applied:
         machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
-    return StepResult(batches, losses, shares, report)
+    return StepResult(batches, [made.losses for made in passes], shares, report)
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -112,3 +112,36 @@ class Inputs:
     image_size: int  # pixels of the square picture; 0 = no pixels
     text_length: int  # longest text in tokens, special tokens counted
     separator: bool  # whether a text ends in [SEP]
+
+
+class Moment(NamedTuple):
+    """Which micro-batch of which step is being made; the same on every rank."""
+
+    step: int  # optimizer step, from 1
+    seed: int = 0  # the run's
+    number: int = 0  # micro-batch of the step, from 0
+    of: int = 1  # micro-batches per rank and step
+
+
+class Keys(NamedTuple):
+    """New entries of a key queue."""
+
+    keys: Tensor  # [N, E] unit length, detached
+    ids: Tensor  # [N] int64 pair ids
+    whole: bool  # True = already the whole step's, in global order and the same on every rank
+
+
+class Pass(NamedTuple):
+    """What one pass of the model over a micro-batch gives."""
+
+    losses: dict[str, Loss]  # by objective
+    keys: dict[str, Keys]  # by queue: what waits for `PretrainModel.commit`
+    delivered: Tensor | None = None  # [] zero, whose backward brings kept gradients to the encoders (`two_pass`)
+
+
+def lengthened(tensor: Tensor, length: int) -> Tensor:
+    """[B, L, ...] with zeros (False) after L up to `length`."""
+    missing = length - tensor.shape[1]
+    if missing == 0:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((tensor.shape[0], missing, *tensor.shape[2:]))], dim=1)

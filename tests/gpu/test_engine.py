@@ -21,6 +21,7 @@ from tests.test_engine import (
 )
 from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.types import Moment
 
 pytestmark = pytest.mark.gpu
 
@@ -61,9 +62,10 @@ def scaled_series(name: str) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {"loss": [], "scale": [], "applied": [], "weights": []}
     for step in range(1, 64):
         batch = batch_of(engine.model, 1, distributed.rank()).to(engine.device)
-        loss = engine.model.total(engine.forward(batch, step), {})
+        made = engine.forward(batch, Moment(step))
+        loss = engine.model.total(made.losses, {})
         engine.backward(loss * (1e30 if step in HUGE else 1.0), last=True)
-        engine.model.commit(batch.task)
+        engine.model.commit([made.keys], step, "step")
         report = engine.step(1e-3)
         if report.applied:
             engine.after_step(0.9)
@@ -95,7 +97,7 @@ def optimizer_calls(name: str) -> tuple[bool, list[str]]:
     """Whether the groups ask for the fused update, and the operations of a step that name it."""
     engine = DeepSpeedEngine(tiny_model(), configuration(name, "bf16"), OPTIM, distributed.init())
     batch = batch_of(engine.model, 1, 0).to(engine.device)
-    engine.backward(engine.model.total(engine.forward(batch, 1), {}), last=True)
+    engine.backward(engine.model.total(engine.forward(batch, Moment(1)).losses, {}), last=True)
     with torch.profiler.profile() as profile:
         engine.step(1e-3)
     calls = [event.key for event in profile.key_averages() if "adamw" in event.key]

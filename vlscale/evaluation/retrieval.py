@@ -199,7 +199,7 @@ def _from_all(rows: Tensor) -> Tensor:
     padded[: len(rows)] = rows
     if not len(padded):
         return rows
-    parts = torch.split(distributed.gather_no_grad(padded), len(padded))
+    parts = torch.split(distributed.gather([padded.detach()])[0], len(padded))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

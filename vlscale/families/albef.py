@@ -286,7 +286,7 @@ def _hugging_face_vit(ours: str) -> list[Rename]:
 
 
 def _queue(name: str) -> Rename:
-    return Rename(f"{name}_queue", (f"objectives.itc.{name}_queue.keys",), change=_turn, optional=True)
+    return Rename(f"{name}_queue", (f"queues.{name}.keys",), change=_turn, optional=True)
 
 
 # The authors' checkpoints: the online network, its twin (`_m`), and the objectives' heads and queues.
@@ -308,7 +308,7 @@ PUBLISHED = Renames(
         _queue("text"),
         Rename(
             "queue_ptr",
-            ("objectives.itc.image_queue.pointer", "objectives.itc.text_queue.pointer"),
+            ("queues.image.pointer", "queues.text.pointer"),
             optional=True,
         ),
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vlscale.nn.transformer import Stack
 
 
 @torch.no_grad()
-def update(averages: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
+def update(averages: Sequence[Tensor], sources: Sequence[Tensor], coefficient: float) -> None:
     """average <- coefficient * average + (1 - coefficient) * source, in place (He et al. 2020, equation 2).
 
     Both lists hold fp32 tensors of equal shapes: at coefficient 0.995 a bf16 average loses most of its moves.
     """
     if averages:
-        torch._foreach_lerp_(averages, sources, 1.0 - coefficient)
+        torch._foreach_lerp_(list(averages), list(sources), 1.0 - coefficient)
 
 
 def coefficient(step: int, base: float, schedule: Literal["constant", "cosine"], steps: int) -> float:
@@ -41,3 +45,15 @@ def softening(step: int, share: float, warmup: int) -> float:
     ALBEF Pretrain.py: alpha * i / len(loader) in the first epoch, i from 0, then alpha.
     """
     return share * min(1.0, (step - 1) / warmup) if warmup > 0 else share
+
+
+def drop_layers(model: nn.Module, probability: float, seed: int, step: int) -> None:
+    """Skip each layer of every `Stack` of `model` in this step, independently with `probability`.
+
+    CVLP drops the layers of its key network with 0.5, so that the keys of one picture differ (arXiv
+    2007.13135). The draw depends on (seed, step) alone: every rank skips the same layers, as ZeRO 3 needs.
+    """
+    draw = random.Random(f"{seed} {step}")
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.kept = tuple(draw.random() >= probability for _ in module.blocks)

@@ -27,6 +27,9 @@ class Stack(nn.Module):
             layers can be cut into two stacks.
         once: the stack runs once for each view of its modality, and its input carries a gradient; only then
             is re-entrant checkpointing exact (see `vlscale.recompute`).
+
+    `kept` says which blocks run, one flag each, None = all; the others are the identity. Under ZeRO 3 every rank
+    must keep the same ones.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], first: int = 0, once: bool = False) -> None:
@@ -34,11 +37,13 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleDict({str(first + number): block for number, block in enumerate(blocks)})
         self.once = once
         self.run_block: RunBlock = call_block
+        self.kept: tuple[bool, ...] | None = None
 
     def forward(self, hidden: Tensor, *context: Tensor | None) -> Tensor:
         """[B, L, D] -> [B, L, D]; every block is handed the same `context`."""
-        for block in self.blocks.values():
-            hidden = self.run_block(block, hidden, *context)
+        for block, kept in zip(self.blocks.values(), self.kept or (True,) * len(self.blocks), strict=True):
+            if kept:
+                hidden = self.run_block(block, hidden, *context)
         return hidden
 
 

@@ -1,13 +1,15 @@
-"""The contract of an objective: it asks encodings, returns a loss, and changes state only in `commit`."""
+"""The contract of an objective: it asks encodings and returns a loss; what it keeps are queues, moved by the model."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from vlscale.nn.queue import KeyQueue, QueueOptions
 from vlscale.nn.temperature import Temperature
-from vlscale.types import Batch, Dims, Fused, Inputs, Loss, Stream
+from vlscale.types import Batch, Dims, Fused, Inputs, Keys, Loss, Stream
 
 
 class FamilyLike(Protocol):
@@ -16,6 +18,8 @@ class FamilyLike(Protocol):
     dims: Dims
     inputs: Inputs
     temperature: Temperature
+    text_proj: nn.Linear  # of families that offer `embed`: a text's state -> E
+    visual_proj: nn.Linear  # of families that offer `embed`: a patch's state -> E
 
     @property
     def word_embedding(self) -> nn.Embedding:
@@ -28,9 +32,15 @@ class FamilyLike(Protocol):
 
 
 class EncodingsLike(Protocol):
-    """What an objective asks: each pass is computed when first asked for and then kept for the step."""
+    """What an objective asks: each pass is computed when first asked for and then kept for the step.
+
+    Samples of the step's whole batch are numbered in global order: micro-batch by micro-batch, in each of them
+    rank by rank. G is their number.
+    """
 
     step: int  # optimizer step being made, from 1
+    first: int  # number of this micro-batch's first sample in the step's whole batch
+    alone: bool  # whether it is its rank's only micro-batch in this step
 
     @property
     def family(self) -> FamilyLike:
@@ -54,20 +64,46 @@ class EncodingsLike(Protocol):
         """Both together."""
         ...
 
+    def rows(self, kind: str, view: str, chosen: Tensor) -> Stream:
+        """Samples [n] int64 (numbers in the step's whole batch) of a stream, from wherever they are, with
+        gradient; `kind` is `text` or `visual`. hidden [n, L or R, D]; no embed. All ranks take part."""
+        ...
+
+    def uniforms(self, salt: int) -> Tensor:
+        """[B] fp64 in [0, 1): draws that depend on (seed, step, salt, number in the whole batch) alone."""
+        ...
+
+    def queue(self, name: str) -> KeyQueue:
+        """The queue that the objective named in `queues`."""
+        ...
+
 
 class Objective(nn.Module):
-    """One training objective, with its own heads (built from `family.dims`), queues and configuration.
+    """One training objective, with its own heads (built from `family.dims`) and configuration.
 
     An objective's file holds `Config` (frozen dataclass with at least `weight: float`), the class, and
     `build(config, family) -> Objective`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # what it asks of a family: text, visual, fuse, embed, ...
+    needs: frozenset[str] = frozenset()  # what it asks of a family: text, visual, fuse, embed, ...
     momentum: bool = False  # whether it asks `enc.momentum`
+    whole: bool = False  # whether it looks at the step's whole batch (`scope: global`): `share` then gives something
     views: frozenset[str] = frozenset()  # of: text.clean, text.masked, visual.clean, ...
 
-    def forward(self, enc: EncodingsLike, batch: Batch) -> Loss:
-        """The loss of one micro-batch on one rank; changes nothing."""
+    def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
+        """What every rank and micro-batch needs of this one, [b, ...] each, of the same shape everywhere.
+
+        Of objectives that are `whole`. All of it travels in one message. `share` asks for every stream of its
+        own network that `forward` will ask for: a step of several micro-batches encodes them all before any
+        loss is made.
+        """
+        return ()
+
+    def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
+        """The loss of one micro-batch on one rank; changes nothing.
+
+        `shared` is what all gave in `share`, [G, ...] each, with gradient where it had one.
+        """
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor | None:
@@ -76,8 +112,14 @@ class Objective(nn.Module):
         counts the same."""
         return None
 
-    def commit(self) -> None:
-        """Move what the objective keeps (push the queue). Called once per micro-batch, after backward."""
+    def queues(self) -> Mapping[str, tuple[QueueOptions, int]]:
+        """{name: (options, width of a key)} of the queues that it contrasts with; objectives that give the same
+        name share the queue."""
+        return {}
+
+    def keys(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...]) -> Mapping[str, Keys]:
+        """This micro-batch's new keys for each queue; they enter after the step's last backward."""
+        return {}
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online, momentum) pairs of own modules that the momentum update moves along with the family's."""

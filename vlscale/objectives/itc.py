@@ -1,120 +1,163 @@
-"""Image-text contrast with momentum keys, queues and soft targets (ALBEF, equations 1, 2 and 6)."""
+"""Image-text contrast (InfoNCE): CLIP's, or with momentum keys, queues and soft targets ALBEF's (equations 1, 2, 6)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlscale import distributed
+from vlscale.errors import ConfigError
+from vlscale.nn import contrast
 from vlscale.nn.momentum import softening
-from vlscale.nn.queue import KeyQueue
+from vlscale.nn.queue import KeyQueue, QueueOptions
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
-from vlscale.types import Batch, Loss
+from vlscale.types import Batch, Keys, Loss
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(QueueOptions):
     """Options; the defaults are ALBEF's (configs/Pretrain.yaml)."""
 
     weight: float = 1.0
     text: str = "clean"  # view
     visual: str = "clean"  # view
-    queue: int = 65536  # keys of earlier steps on each side; 0 = none
-    queue_start: Literal["random", "empty"] = "random"
+    momentum_visual: str | None = None  # view that the twin sees; None = the same (TCL: a second augmentation)
     soften: float = 0.4  # share of the twin's similarities in the targets
     soften_warmup: int = 0  # steps from 0 to that share; the authors take one epoch
-    scope: Literal["rank"] = "rank"  # columns: this rank's micro-batch, then the queue
-    same_picture: Literal["negative", "positive"] = "negative"  # other captions of the same picture
+    scope: Literal["rank", "global"] = "rank"  # columns before the queue's: of this micro-batch, or of the whole step
+    same_picture: Literal["negative", "positive", "excluded"] = "negative"  # other captions of the same picture
 
 
-class Pending(NamedTuple):
-    """Keys that wait for `commit`."""
+class Side(NamedTuple):
+    """One direction: rows that look for their partner among columns and a queue."""
 
-    image: Tensor  # [B, E]
-    text: Tensor  # [B, E]
-    ids: Tensor  # [B] int64
-    step: int
+    queries: Tensor  # [b, E], with gradient
+    teachers: Tensor  # [b, E] the same samples by the twin
+    columns: Tensor  # [C, E] of the other modality
+    queue: KeyQueue | None
+
+
+class Both(NamedTuple):
+    """What the two directions have in common."""
+
+    first: int  # column of row 0's partner
+    ids: Tensor  # [b] int64 pair ids
+    column_ids: Tensor  # [C] int64
+    temperature: Tensor  # [1]
+    share: float  # of soft targets
 
 
 class Itc(Objective):
-    """Each picture finds its text among the micro-batch's keys and the queue, and each text its picture."""
+    """Each picture finds its text among the batch's keys and the queue's, and each text its picture."""
 
     needs = frozenset({"text", "visual", "embed"})
-    image_queue: KeyQueue | None
-    text_queue: KeyQueue | None
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
+        if config.scope == "global" and config.queue_push == "micro_batch":
+            raise ConfigError(
+                "objectives.itc has scope=global, whose keys are the whole step's, and queue_push=micro_batch; "
+                "write queue_push=step"
+            )
         self.config = config
         self.weight = config.weight
         self.momentum = config.queue > 0 or config.soften > 0
+        self.whole = config.scope == "global"
+        self.twin_view = config.momentum_visual or config.visual
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        if self.momentum:
+            self.views |= {f"visual.{self.twin_view}"}
         self.embed = family.dims.embed
         self.temperature = (family.temperature,)  # in a tuple: it is the family's submodule, not ours
-        self.image_queue = self.text_queue = None
-        if config.queue > 0:
-            self.image_queue = KeyQueue(config.queue, self.embed, config.queue_start, seed=0)
-            self.text_queue = KeyQueue(config.queue, self.embed, config.queue_start, seed=1)
-        self.pending: Pending | None = None
 
-    def forward(self, enc: EncodingsLike, batch: Batch) -> Loss:
+    def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
+        """Image keys, text keys [b, E] (in the queue's type) and pair ids."""
+        image, text = self._embeds(enc)
+        if self.momentum:
+            image, text = self._twins(enc)
+        if self.config.queue > 0 and self.config.queue_dtype == "bf16":
+            image, text = image.bfloat16(), text.bfloat16()
+        return image, text, batch.pair_id
+
+    def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """Mean of the two directions' soft cross-entropies over this rank's rows, [] fp32."""
         image, text = self._embeds(enc)
-        temperature = enc.family.temperature()
-        image_keys, text_keys = self._embeds(enc.momentum) if self.momentum else (image, text)
-        i2t = self.logits(image, text_keys, self.text_queue, temperature)
-        t2i = self.logits(text, image_keys, self.image_queue, temperature)
-        share = softening(enc.step, self.config.soften, self.config.soften_warmup)
-        with torch.no_grad():
-            i2t_soft = t2i_soft = None
-            if self.config.soften > 0:
-                i2t_soft = self.logits(image_keys, text_keys, self.text_queue, temperature)
-                t2i_soft = self.logits(text_keys, image_keys, self.image_queue, temperature)
-            i2t_targets = self.targets(i2t_soft, self._positives(batch.pair_id, self.text_queue), share)
-            t2i_targets = self.targets(t2i_soft, self._positives(batch.pair_id, self.image_queue), share)
-        i2t_loss, t2i_loss = _soft_cross_entropy(i2t, i2t_targets), _soft_cross_entropy(t2i, t2i_targets)
-        if self.image_queue is not None:
-            self.pending = Pending(image_keys.detach(), text_keys.detach(), batch.pair_id, enc.step)
+        image_twin, text_twin = self._twins(enc) if self.momentum else (image, text)
+        image_keys, text_keys, ids = shared or (image_twin, text_twin, batch.pair_id)
+        both = Both(
+            first=enc.first if shared else 0,
+            ids=batch.pair_id,
+            column_ids=ids,
+            temperature=enc.family.temperature(),
+            share=softening(enc.step, self.config.soften, self.config.soften_warmup),
+        )
+        i2t, i2t_right = self._direction(Side(image, image_twin, text_keys, self._queue(enc, "text")), both)
+        t2i, t2i_right = self._direction(Side(text, text_twin, image_keys, self._queue(enc, "image")), both)
         metrics = {
-            "itc/i2t": i2t_loss.detach(),
-            "itc/t2i": t2i_loss.detach(),
-            "itc/accuracy": (_accuracy(i2t) + _accuracy(t2i)) / 2,
-            "temperature": temperature.detach()[0],
-            **self._queue_metrics(enc.step),
+            "itc/i2t": i2t.detach(),
+            "itc/t2i": t2i.detach(),
+            "itc/accuracy": (i2t_right + t2i_right) / 2,
+            "temperature": both.temperature.detach()[0],
         }
-        return Loss((i2t_loss + t2i_loss) / 2, metrics)
+        return Loss((i2t + t2i) / 2, metrics)
 
-    def logits(self, queries: Tensor, keys: Tensor, queue: KeyQueue | None, temperature: Tensor) -> Tensor:
-        """Similarity over temperature, [B, B + queue] fp32: the micro-batch's columns, then the queue's."""
-        columns = queries @ keys.T
-        if queue is not None:
-            stored = queries @ queue.keys.to(queries.dtype).T
-            if not queue.full_from_start:  # an unused place weighs nothing and keeps 0 * log finite
-                stored = stored.masked_fill(~queue.valid(), -1e4)
-            columns = torch.cat([columns, stored], dim=1)
-        return columns / temperature
+    def _direction(self, side: Side, both: Both) -> tuple[Tensor, Tensor]:
+        """Mean over rows of log-sum-exp - (the target's mean key) . query / temperature, and the accuracy.
 
-    def targets(self, soft: Tensor | None, positives: Tensor, share: float) -> Tensor:
-        """share * softmax(the twin's logits) + (1 - share) * the true columns (ALBEF, equation 6)."""
-        hard = positives / positives.sum(dim=1, keepdim=True)
-        return hard if soft is None else torch.lerp(hard, soft.softmax(dim=1), share)
+        Soft targets need no matrix: sum_j target_j * logit_j is the query times the mean of the keys under the
+        target, and of the twin's softmax that mean is attention with the twin's query (equation 6).
+        """
+        left_out = both.ids if self.config.same_picture == "excluded" else None
+        apart = None if left_out is None else (left_out, both.column_ids)
+        partner = side.columns.narrow(0, both.first, len(side.queries)).float()
+        positive = (side.queries * partner).sum(dim=1) / both.temperature
+        total, best = contrast.log_sum_exp(side.queries, side.columns, both.temperature, apart=apart)
+        if apart is not None:  # the partner has the row's own id
+            total = torch.logaddexp(total, positive)
+        if side.queue is not None:
+            total = torch.logaddexp(total, side.queue.log_sum_exp(side.queries, both.temperature, left_out))
+        target = self._true_keys(side, both) if self.config.same_picture == "positive" else partner
+        if self.config.soften > 0:
+            target = torch.lerp(target, self._soft_keys(side, both, partner), both.share)
+        loss = (total - (side.queries * target).sum(dim=1) / both.temperature).mean()
+        right = positive.detach() >= best - 1e-5 * (1 + best.abs())  # rounding apart, the partner is the best
+        return loss, right.float().mean()
 
-    def commit(self) -> None:
-        """Push the last micro-batch's keys of all ranks, in rank order."""
-        pending, self.pending = self.pending, None
-        if pending is None or self.image_queue is None or self.text_queue is None:
-            return
-        bits = [part.float().contiguous().view(torch.int32) for part in (pending.image, pending.text)]
-        packed = torch.cat([*bits, pending.ids[:, None].contiguous().view(torch.int32)], dim=1)
-        packed = distributed.gather_no_grad(packed)
-        image, text = packed[:, : self.embed], packed[:, self.embed : 2 * self.embed]
-        pair_ids = packed[:, 2 * self.embed :].contiguous().view(torch.int64)[:, 0]
-        self.image_queue.push(image.contiguous().view(torch.float32), pair_ids, pending.step)
-        self.text_queue.push(text.contiguous().view(torch.float32), pair_ids, pending.step)
+    def _true_keys(self, side: Side, both: Both) -> Tensor:
+        """[b, E] mean of all keys of the row's picture, of the batch and of the queue."""
+        total, count = contrast.sum_of_id(both.ids, side.columns, both.column_ids)
+        if side.queue is not None:
+            more, further = side.queue.sum_of_id(both.ids)
+            total, count = total + more, count + further
+        return total / count[:, None]
+
+    @torch.no_grad()
+    def _soft_keys(self, side: Side, both: Both, partner: Tensor) -> Tensor:
+        """[b, E] mean of the keys under the twin's softmax over all columns."""
+        left_out = both.ids if self.config.same_picture == "excluded" else None
+        apart = None if left_out is None else (left_out, both.column_ids)
+        found = contrast.soft_keys(side.teachers, side.columns, both.temperature, apart=apart)
+        if apart is not None:
+            own = (side.teachers * partner).sum(dim=1) / both.temperature
+            found = contrast.join_soft_keys(found, (partner, own))
+        if side.queue is not None:
+            found = contrast.join_soft_keys(found, side.queue.soft_keys(side.teachers, both.temperature, left_out))
+        return found[0]
+
+    def queues(self) -> Mapping[str, tuple[QueueOptions, int]]:
+        """Image keys and text keys."""
+        return dict.fromkeys(("image", "text"), (self.config, self.embed)) if self.config.queue > 0 else {}
+
+    def keys(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...]) -> Mapping[str, Keys]:
+        """The twin's embeddings."""
+        if self.config.queue == 0:
+            return {}
+        image, text, ids = shared or (*self._twins(enc), batch.pair_id)
+        return {name: Keys(keys.detach(), ids, self.whole) for name, keys in (("image", image), ("text", text))}
 
     def limits(self) -> list[tuple[nn.Parameter, float, float]]:
         """The temperature's."""
@@ -123,12 +166,14 @@ class Itc(Objective):
     def passes(self) -> dict[str, float]:
         """Text and picture alone, also by the twin if its keys are used."""
         own = [f"encode_text:{self.config.text}", f"encode_visual:{self.config.visual}"]
-        return dict.fromkeys(own + [f"momentum.{name}" for name in own if self.momentum], 1.0)
+        twin = [f"momentum.encode_text:{self.config.text}", f"momentum.encode_visual:{self.twin_view}"]
+        return dict.fromkeys(own + (twin if self.momentum else []), 1.0)
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The similarity matrices."""
-        both = 2 * 2 * len(batch) * (len(batch) + self.config.queue) * self.embed
-        return both, both if self.config.soften > 0 else 0
+        columns = len(batch) * (distributed.world_size() if self.whole else 1) + self.config.queue
+        both = 2 * 2 * len(batch) * columns * self.embed
+        return both, 2 * both if self.config.soften > 0 else 0
 
     def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
         image, text = enc.visual(self.config.visual).embed, enc.text(self.config.text).embed
@@ -136,30 +181,14 @@ class Itc(Objective):
         assert text is not None, "a family that offers `embed` fills Stream.embed"
         return image, text
 
-    def _positives(self, ids: Tensor, queue: KeyQueue | None) -> Tensor:
-        columns = len(ids) + (queue.capacity if queue is not None else 0)
-        if self.config.same_picture == "negative":
-            return torch.eye(len(ids), columns, device=ids.device)
-        known = ids if queue is None else torch.cat([ids, queue.ids])
-        return (ids[:, None] == known[None, :]).float()
+    def _twins(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
+        image, text = enc.momentum.visual(self.twin_view).embed, enc.momentum.text(self.config.text).embed
+        assert image is not None, "a family that offers `embed` fills Stream.embed"
+        assert text is not None, "a family that offers `embed` fills Stream.embed"
+        return image, text
 
-    def _queue_metrics(self, step: int) -> dict[str, Tensor]:
-        named = {"image": self.image_queue, "text": self.text_queue}
-        return {
-            f"queue/{name}/{figure}": value
-            for name, queue in named.items()
-            if queue is not None
-            for figure, value in queue.metrics(step).items()
-        }
-
-
-def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return -(F.log_softmax(logits, dim=1) * targets).sum(dim=1).mean()
-
-
-def _accuracy(logits: Tensor) -> Tensor:
-    rows = torch.arange(len(logits), device=logits.device)
-    return (logits.detach()[:, : len(logits)].argmax(dim=1) == rows).float().mean()
+    def _queue(self, enc: EncodingsLike, name: str) -> KeyQueue | None:
+        return enc.queue(name) if self.config.queue > 0 else None
 
 
 build = Itc

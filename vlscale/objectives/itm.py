@@ -1,4 +1,4 @@
-"""Image-text matching with hard negatives from the micro-batch (ALBEF, equation 4 and section 3.2)."""
+"""Image-text matching with hard negatives (ALBEF, equation 4, section 3.2) of the micro-batch or the whole step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
-from vlscale.types import Batch, Fused, Loss, Stream
+from vlscale.types import Batch, Fused, Loss, Stream, lengthened
+
+PICTURES, TEXTS = 1, 2  # salts of the two draws
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Config:
     text: str = "clean"  # view
     visual: str = "clean"  # view
     keys: Literal["momentum", "online"] = "momentum"  # whose embeddings the online ones are compared with
+    momentum_visual: str | None = None  # view that the twin sees; None = the same (TCL: a second augmentation)
+    scope: Literal["rank", "global"] = "rank"  # drawn from this micro-batch (authors), or from the whole step's batch
     same_picture: Literal["negative", "excluded"] = "excluded"  # authors: negative
     epsilon: float = 1e-4  # added to each weight: 64 weights can underflow to one-hot (ALBEF issues 18, 93)
 
@@ -36,28 +41,42 @@ class Itm(Objective):
         self.config = config
         self.weight = config.weight
         self.momentum = config.keys == "momentum"
-        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        self.whole = config.scope == "global"
+        self.twin_view = (config.momentum_visual or config.visual) if self.momentum else config.visual
+        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"})
         self.embed = family.dims.embed
         self.head = nn.Linear(family.dims.fused, 2)  # column 1 = match
 
-    def forward(self, enc: EncodingsLike, batch: Batch) -> Loss:
+    def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
+        """Image keys, text keys [b, E] and pair ids; the draws alone look at them, without gradient."""
+        enc.text(self.config.text), enc.visual(self.config.visual)
+        image, text = self._keys(enc)
+        return image, text, batch.pair_id
+
+    def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """Mean cross-entropy over B matched and 2 B mismatched pairs, [] fp32.
 
         Raises:
-            ConfigError: a micro-batch of one sample has no negative.
+            ConfigError: there is only one sample to draw from.
         """
-        if len(batch) < 2:
+        image_keys, text_keys, ids = shared or (*self._keys(enc), batch.pair_id)
+        if len(ids) < 2:
             raise ConfigError(
-                "objectives.itm draws negatives within a micro-batch and got one sample; "
-                "set data.micro_batch to at least 2"
+                "objectives.itm draws negatives among other samples and got one; set data.batch to at least 2"
+                if self.whole
+                else "objectives.itm draws negatives within a micro-batch and got one sample; "
+                "set data.micro_batch to at least 2, or objectives.itm.scope=global"
             )
         text, visual = enc.text(self.config.text), enc.visual(self.config.visual)
         true = _pooled(enc.fused(self.config.text, self.config.visual))
         with torch.no_grad():
-            picture_of_text, text_of_picture = self.draw(*self.weights(enc, batch.pair_id))
-        false = _pooled(
-            enc.family.fuse(_join(text, _rows(text, text_of_picture)), _join(_rows(visual, picture_of_text), visual))
-        )
+            pictures, texts = self.draw(enc, *self.weights(enc, batch.pair_id, image_keys, text_keys, ids))
+        if self.whole:
+            wrong_pictures = enc.rows("visual", self.config.visual, pictures)
+            wrong_texts = enc.rows("text", self.config.text, texts)
+        else:
+            wrong_pictures, wrong_texts = _rows(visual, pictures), _rows(text, texts)
+        false = _pooled(enc.family.fuse(_join(text, wrong_texts), _join(wrong_pictures, visual)))
         logits = self.logits(torch.cat([true, false]))
         labels = torch.arange(len(logits), device=logits.device) < len(batch)
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
@@ -68,42 +87,63 @@ class Itm(Objective):
         out: Tensor = self.head(pooled).float()
         return out
 
-    def weights(self, enc: EncodingsLike, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How likely each column is drawn: [B, B] pictures for each text, [B, B] texts for each picture."""
-        source = enc.momentum if self.momentum else enc
+    def weights(
+        self, enc: EncodingsLike, own: Tensor, image_keys: Tensor, text_keys: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How likely each column is drawn: [B, C] pictures for each text, [B, C] texts for each picture."""
         image, text = _embed(enc.visual(self.config.visual)), _embed(enc.text(self.config.text))
-        image_keys = _embed(source.visual(self.config.visual))
-        text_keys = _embed(source.text(self.config.text))
         temperature = enc.family.temperature()
-        allowed = self._allowed(ids)
-        t2i = (text @ image_keys.T / temperature).softmax(dim=1) + self.config.epsilon
-        i2t = (image @ text_keys.T / temperature).softmax(dim=1) + self.config.epsilon
+        allowed = self._allowed(enc.first if self.whole else 0, own, ids)
+        t2i = (text @ image_keys.float().T / temperature).softmax(dim=1) + self.config.epsilon
+        i2t = (image @ text_keys.float().T / temperature).softmax(dim=1) + self.config.epsilon
         return t2i * allowed, i2t * allowed
 
-    def draw(self, t2i: Tensor, i2t: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] int64 pictures for the texts, then [B] int64 texts for the pictures; torch's global RNG."""
+    def draw(self, enc: EncodingsLike, t2i: Tensor, i2t: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] int64 columns: pictures for the texts, then texts for the pictures.
+
+        Over the whole step's batch the draws are those of the sample, so that ranks do not change them; within
+        a micro-batch they are torch's.
+        """
+        if self.whole:
+            return _inverse(t2i, enc.uniforms(PICTURES)), _inverse(i2t, enc.uniforms(TEXTS))
         pictures = torch.multinomial(t2i, 1)[:, 0]
         return pictures, torch.multinomial(i2t, 1)[:, 0]
 
     def passes(self) -> dict[str, float]:
         """The shared ones, and two fusion passes for the 2 B mismatched rows."""
         text, visual = self.config.text, self.config.visual
-        own = [f"encode_text:{text}", f"encode_visual:{visual}"]
-        shared = [*own, f"fuse:{text}:{visual}", *(f"momentum.{name}" for name in own if self.momentum)]
+        shared = [f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"]
+        if self.momentum:
+            shared += [f"momentum.encode_text:{text}", f"momentum.encode_visual:{self.twin_view}"]
         return {**dict.fromkeys(shared, 1.0), "fuse": 2.0}
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The head on 3 B rows; the two similarity matrices of the draw."""
         head = 2 * 3 * len(batch) * self.head.in_features * self.head.out_features
-        return head, 2 * 2 * len(batch) ** 2 * self.embed
+        columns = len(batch) * (distributed.world_size() if self.whole else 1)
+        return head, 2 * 2 * len(batch) * columns * self.embed
 
-    def _allowed(self, ids: Tensor) -> Tensor:
-        others = ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    def _keys(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
+        source = enc.momentum if self.momentum else enc
+        image, text = source.visual(self.twin_view), source.text(self.config.text)
+        return _embed(image), _embed(text)
+
+    def _allowed(self, first: int, own: Tensor, ids: Tensor) -> Tensor:
+        """[B, C] bool: everything but the partner, and but other captions of its picture where there is a choice."""
+        columns = torch.arange(len(ids), device=ids.device)
+        others = columns[None, :] != first + torch.arange(len(own), device=ids.device)[:, None]
         if self.config.same_picture == "negative":
             return others
-        allowed = ids[:, None] != ids[None, :]
-        # A row whose whole micro-batch shows one picture has only its other captions to draw from.
+        allowed = own[:, None] != ids[None, :]
+        # A row whose whole batch shows one picture has only its other captions to draw from.
         return torch.where(allowed.any(dim=1, keepdim=True), allowed, others)
+
+
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """One column per row in proportion to its weights [B, C], by inverting their running sum; in fp64."""
+    running = weights.double().cumsum(dim=1)
+    places = torch.searchsorted(running, uniforms[:, None] * running[:, -1:], right=True)[:, 0]
+    return places.clamp(max=weights.shape[1] - 1)
 
 
 def _pooled(fused: Fused) -> Tensor:
@@ -121,8 +161,13 @@ def _rows(stream: Stream, index: Tensor) -> Stream:
 
 
 def _join(first: Stream, second: Stream) -> Stream:
-    masks = [part.mask for part in (first, second) if part.mask is not None]
-    return Stream(torch.cat([first.hidden, second.hidden]), torch.cat(masks) if masks else None)
+    """Rows of both; the shorter texts are padded."""
+    if first.mask is None or second.mask is None:
+        return Stream(torch.cat([first.hidden, second.hidden]), None)
+    length = max(first.mask.shape[1], second.mask.shape[1])
+    hidden = [lengthened(part, length) for part in (first.hidden, second.hidden)]
+    mask = [lengthened(part, length) for part in (first.mask, second.mask)]
+    return Stream(torch.cat(hidden), torch.cat(mask))
 
 
 build = Itm

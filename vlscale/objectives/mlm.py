@@ -23,6 +23,7 @@ class Config:
     weight: float = 1.0
     text: str = "masked"  # view
     visual: str = "clean"  # view
+    momentum_visual: str | None = None  # view that the twin sees; None = the same (TCL: a second augmentation)
     soften: float = 0.4  # share of the twin's distribution in the targets (configs/Pretrain.yaml: alpha)
     soften_warmup: int = 0  # steps from 0 to that share; the authors take one epoch
     scope: Literal["global", "rank"] = "global"  # one mean over the step's tokens, or one per rank (authors)
@@ -40,16 +41,19 @@ class Mlm(Objective):
         self.config = config
         self.weight = config.weight
         self.momentum = config.soften > 0
+        self.twin_view = config.momentum_visual or config.visual
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        if self.momentum:
+            self.views |= {f"visual.{self.twin_view}"}
         self.head = WordHead(family.dims.fused, family.dims.vocab)
         self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.momentum else None
 
-    def forward(self, enc: EncodingsLike, batch: Batch) -> Loss:
+    def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """(1 - share) * hard + share * soft cross-entropy, mean over labelled tokens, [] fp32; 0 if none."""
         labels = batch.text[self.config.text].labels
         assert labels is not None, "the masked view carries labels"
         picked = labels != IGNORE
-        words, hidden = labels[picked], self._hidden(enc)  # [M], [B, L, D]
+        words, hidden = labels[picked], self._hidden(enc, self.config.visual)  # [M], [B, L, D]
         logits = self.head(hidden[picked], enc.family.word_embedding.weight).float()  # [M, V]
         terms = max(len(words), 1)
         hard = F.cross_entropy(logits, words, reduction="sum") / terms
@@ -80,9 +84,12 @@ class Mlm(Objective):
 
     def passes(self) -> dict[str, float]:
         """Masked text, picture and their fusion, also by the twin if it gives soft labels."""
-        text, visual = self.config.text, self.config.visual
-        own = [f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"]
-        return dict.fromkeys(own + [f"momentum.{name}" for name in own if self.momentum], 1.0)
+        own, twin = self._passes(self.config.visual), self._passes(self.twin_view)
+        return dict.fromkeys(own + [f"momentum.{name}" for name in twin if self.momentum], 1.0)
+
+    def _passes(self, visual: str) -> list[str]:
+        text = self.config.text
+        return [f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"]
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The head on labelled tokens, and the twin's."""
@@ -95,15 +102,15 @@ class Mlm(Objective):
             picked if self.momentum else 0
         )
 
-    def _hidden(self, enc: EncodingsLike) -> Tensor:
-        hidden = enc.fused(self.config.text, self.config.visual).text
+    def _hidden(self, enc: EncodingsLike, visual: str) -> Tensor:
+        hidden = enc.fused(self.config.text, visual).text
         assert hidden is not None, "a family that offers `fuse` fills Fused.text"
         return hidden
 
     @torch.no_grad()
     def _soft_labels(self, enc: EncodingsLike, picked: Tensor) -> Tensor:
         assert self.head_twin is not None
-        hidden = self._hidden(enc.momentum)[picked]  # first: its passes release the table under ZeRO-3
+        hidden = self._hidden(enc.momentum, self.twin_view)[picked]  # first: its passes release the table under ZeRO-3
         logits: Tensor = self.head_twin(hidden, enc.momentum.family.word_embedding.weight)
         return logits.float().softmax(dim=1)
 
