@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
+from tests.reference import clip as reference
+from tests.reference.compare import Folder, judge, shared_folder
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import clip
@@ -301,3 +306,44 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(CheckpointError, match=sentence):
             weights.fill(model, changed, clip.PUBLISHED)
+
+
+def test_agrees_with_the_authors() -> None:
+    shared = shared_folder()
+    if shared is None:
+        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
+    folder = Folder.open(shared / "reference" / "clip")
+    report = judge(folder, "clip", reference.run(folder))
+    assert [row for row in report.compared if not row.ok] == []
+    assert report.not_compared == []
+    assert {row.name for row in report.compared} == set(load_file(folder.path / "outputs.safetensors"))
+
+
+def test_two_ranks_have_the_gradient_of_one_process(tmp_path: Path) -> None:
+    """And the runner takes any sizes; what it says of the authors' inexact variants is what they are known for."""
+    tiny = clip.tiny()
+    vision = {"width": 16, "head_width": 8, "layers": 2, "patch_size": 8, "image_size": 16}
+    text = {"width": 16, "heads": 2, "layers": 2, "vocab_size": tiny.vocab, "context_length": tiny.text_length}
+    sizes = {"vision": vision, "text": text, "embed_dim": 8, "mlp_ratio": 2.0, "quick_gelu": True}
+    options = {"lr": 1e-3, "weight_decay": 0.2, "betas": [0.9, 0.98], "eps": 1e-6, "siglip_bias": -10.0}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **options, "siglip_scale": 2.3}))
+    family = miniature(reference.family_config(json.loads((tmp_path / "config.json").read_text())))
+    tensors = {"s0/text": batch().text["clean"].ids, "s0/image": torch.randn(4, 3, 16, 16)}
+    save_file(tensors, tmp_path / "batch.safetensors")
+    named = {name: tensor.contiguous().clone() for name, tensor in published(family).items()}
+    save_file(named, tmp_path / "weights.safetensors")
+
+    found = reference.run(Folder.open(tmp_path))["outputs.safetensors"]
+    for name in named:
+        whole = found[f"grad/{name}"]
+        for variant, want in {
+            "clip_local1_grad1": whole,
+            "clip_local0_grad1": whole,
+            "clip_local0_grad0": whole * (1.0 if name == "logit_scale" else 0.5),
+            "siglip_bidir": found[f"siglip/grad/{name}"],
+        }.items():
+            torch.testing.assert_close(found[f"w2/{variant}/r0/ddp_grad/{name}"], want, rtol=1e-4, atol=1e-5)
+    parts = torch.stack([found[f"w2/clip_local1_grad1/r{rank}/loss"] for rank in (0, 1)])
+    torch.testing.assert_close(parts.mean(), found["s0/loss"])
+    wrong = found["w2/clip_local1_grad0/r0/ddp_grad/visual.proj"]
+    assert F.cosine_similarity(wrong.flatten(), found["grad/visual.proj"].flatten(), dim=0) < 0.99

@@ -16,7 +16,13 @@ import torch
 from tests.reference.compare import Folder, Report, judge
 from vlscale.errors import ConfigError, VlscaleError, did_you_mean
 
-SYSTEMS = ("albef",)  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`
+SYSTEMS = (
+    "albef",
+    "clip",
+    "milnce",
+    "moco",
+    "tcl",
+)  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`
 
 
 def main(arguments: list[str] | None = None) -> int:
