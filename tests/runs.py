@@ -39,18 +39,18 @@ def launch(launcher: str, *arguments: str, timeout: float = 120) -> subprocess.C
     )
 
 
-def pretrain_command(world: int, out: Path, *arguments: str) -> list[str]:
-    """The tiny run in one process, or on several ranks under torchrun."""
-    run = ["launchers/pretrain.py", "--out", str(out), *TINY, *arguments]
+def pretrain_command(world: int, out: Path, *arguments: str, shrunk: bool = True) -> list[str]:
+    """The tiny run in one process, or on several ranks under torchrun; not `shrunk`: the recipe's own sizes."""
+    run = ["launchers/pretrain.py", "--out", str(out), *(TINY if shrunk else ()), *arguments]
     if world == 1:
         return [sys.executable, *run]
     several = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
     return [sys.executable, *several, *run]
 
 
-def run_whole(world: int, out: Path, *arguments: str) -> str:
+def run_whole(world: int, out: Path, *arguments: str, shrunk: bool = True) -> str:
     """The tiny run to its end, which the test expects to be a good one; what it printed."""
-    command = pretrain_command(world, out, *arguments)
+    command = pretrain_command(world, out, *arguments, shrunk=shrunk)
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False
     )

@@ -124,7 +124,7 @@ def test_forward_changes_nothing_and_commit_pushes_this_batch() -> None:
     assert queue.pointer.item() == 0
     model.commit([made.keys], 3, "step")
     torch.testing.assert_close(queue.keys[:4], embeds(enc.momentum)[1])
-    assert queue.ids[:4].tolist() == [0, 1, 2, 3]
+    assert queue.ids[:4].tolist() == [-1] * 4  # nobody asks whose they are
     assert queue.entered[:4].tolist() == [3] * 4
     assert queue.pointer.item() == 4
     assert model.queue_metrics(5)["queue/text/age_steps"] == pytest.approx((4 * 2 + 4 * 5) / 8)

@@ -72,12 +72,13 @@ class OurLoop:
         self._parts = parts
         self._record = record
         self._vote = distributed.StopVote(parts.setting.device)
+        self._plans = distributed.StepPlans()
         self.steps: Steps = record.timed(steps)
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> bool:
         """See `Loop.step`."""
         request, _, model, machine, guard = self._parts
-        self._record.step(step, *train.one_step(request.run, model, machine, step, micro_batches))
+        self._record.step(step, *train.one_step(request.run, model, machine, self._plans, step, micro_batches))
         return self._vote.agreed(guard.requested)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -94,7 +95,8 @@ def setup(request: Request) -> Setting:
     train, val = open_shards(run)
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
-    distributed.same_on_all_ranks("the checkpoint to go on from", str(begin and begin.folder))
+    told = {"checkpoint to go on from": str(begin and begin.folder), "ds_config": json.dumps(ds, sort_keys=True)}
+    distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
     vocabulary = _from_rank_0(lambda: _vocabulary(run, begin, out, train))
     tokenizer = _tokenizer(vocabulary, run.family.inputs)
     if tokenizer.vocab_size > run.family.vocab:
@@ -145,6 +147,7 @@ def build_model(run: RunConfig) -> PretrainModel:
     objectives = {name: _objective(name, options, family) for name, options in run.objectives.items()}
     tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
+    model.copies_buffers = run.momentum.buffers == "copied"
     if run.init.text or run.init.vision:
         init_towers(model, run.init.text, run.init.vision)
     missing = model.views() - set(run.views)

@@ -59,6 +59,8 @@ class MomentumConfig:
 
     coefficient: float = 0.995
     schedule: Literal["constant", "cosine"] = "constant"
+    drop_layers: float = 0.0  # chance that a layer of the twin is skipped in a step (CVLP: 0.5)
+    buffers: Literal["copied", "own"] = "copied"  # the twin's BatchNorm statistics: the online ones, or its own (MoCo)
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,19 @@ def dump(run: RunConfig) -> dict[str, Any]:
     for key in ("views", "tasks", *SECTIONS, *PLAIN):
         tree[key] = _plain(getattr(run, key))
     return tree
+
+
+def flat(run: RunConfig) -> dict[str, str]:
+    """{dotted key: value as text} of `dump`."""
+
+    def leaves(tree: Mapping[str, Any], prefix: str) -> dict[str, str]:
+        out: dict[str, str] = {}
+        for key, value in tree.items():
+            nested = isinstance(value, Mapping) and value
+            out |= leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": str(value)}
+        return out
+
+    return leaves(dump(run), "")
 
 
 def pick(folder: str, name: str) -> types.ModuleType:
@@ -336,6 +351,10 @@ def _check(run: RunConfig) -> None:
         _at_least(1, run, key)
     for key in AT_LEAST_0:
         _at_least(0, run, key)
+    for key in ("coefficient", "drop_layers"):
+        share = getattr(run.momentum, key)
+        if not 0 <= share <= 1:
+            raise ConfigError(f"momentum.{key} should be between 0 and 1 (got {share})")
     for name, task in run.tasks.items():
         if not task.share > 0:
             raise ConfigError(f"tasks.{name}.share should be above 0 (got {task.share}); leave the task out instead")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -270,18 +272,6 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, packed.unbind(), strict=True))
 
 
-def same_on_all_ranks(name: str, digest: str) -> None:
-    """Check that every rank holds the same text (a configuration, a task, a digest of tensors).
-
-    Raises:
-        TrainingError: it differs; the sentence names the ranks.
-    """
-    digests = gather_objects(digest)
-    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if odd:
-        raise TrainingError(f"{name} differs between rank 0 and rank(s) {odd}; start every rank the same way")
-
-
 class StopVote:
     """Whether some rank wants to stop, agreed without making a GPU wait: the answer is one step old.
 
@@ -311,3 +301,63 @@ def gather_parts_(whole: Tensor, part: Tensor) -> None:
         dist.all_gather_into_tensor(whole, part)
     elif whole.data_ptr() != part.data_ptr():
         whole.copy_(part)
+
+
+class StepPlans:
+    """Ranks that are about to do different things would wait for each other for ever: they are stopped before.
+
+    Every rank calls `check` at the start of each step. The comparison is one all-reduce of 16 bytes between the
+    processors of the machines, so that no GPU waits for it.
+    """
+
+    def __init__(self) -> None:
+        nccl = world_size() > 1 and dist.get_backend() == "nccl"
+        self._group = dist.new_group(backend="gloo") if nccl else None
+
+    def check(self, step: int, plan: Mapping[str, str]) -> None:
+        """Compare what this rank is about to do with all others.
+
+        Raises:
+            TrainingError: it differs; names the ranks and what differs.
+        """
+        if world_size() == 1:
+            return
+        text = json.dumps([step, plan], sort_keys=True).encode()
+        number = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        box = torch.tensor([number, -number])
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
+        if int(box[0]) != -int(box[1]):
+            self._refuse({"step": str(step), **plan})
+
+    def _refuse(self, plan: dict[str, str]) -> None:
+        everyone: list[dict[str, str]] = [{}] * world_size()
+        dist.all_gather_object(everyone, plan, group=self._group)
+        raise TrainingError(
+            f"ranks disagree about the step to make: {differences(everyone)}; "
+            f"start every rank with the same recipe, data and code"
+        )
+
+
+def same_settings(name: str, settings: Mapping[str, str]) -> None:
+    """Check that every rank was started with the same settings.
+
+    Raises:
+        TrainingError: they differ; names the ranks and the settings.
+    """
+    everyone: list[Any] = gather_objects(dict(settings))
+    if any(other != everyone[0] for other in everyone):
+        raise TrainingError(f"{name} differs: {differences(everyone)}; start every rank the same way")
+
+
+def differences(everyone: Sequence[Mapping[str, str]]) -> str:
+    """What differs from rank 0, e.g. `task is 'all' on rank 0 but 'words' on rank 1, 3`."""
+    found = []
+    for key in sorted({key for each in everyone for key in each}):
+        others: dict[str, list[str]] = {}
+        for rank, each in enumerate(everyone):
+            others.setdefault(repr(each.get(key)), []).append(str(rank))
+        if len(others) > 1:
+            first, *rest = others.items()
+            there = " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in rest)
+            found.append(f"{key} is {first[0]} on rank {', '.join(first[1])} but {there}")
+    return "; ".join(found)

@@ -186,7 +186,9 @@ class PretrainModel(nn.Module):
         for name, objective in asked.items():
             given = shared.get(name, ())
             losses[name] = objective(enc, batch, given)
-            keys |= objective.keys(enc, batch, given)
+            for queue, new in objective.keys(enc, batch, given).items():
+                if queue not in keys or keys[queue].ids is None:  # who needs the ids gives them
+                    keys[queue] = new
         return Pass(losses, keys)
 
     def momentum_encodings(self, batch: Batch, at: Moment) -> MomentumEncodings | None:
@@ -226,16 +228,17 @@ class PretrainModel(nn.Module):
         names = [name for name in made[0] if self.key_queues()[name].options.queue_push == when]
         dtypes = {name: DTYPES[self.key_queues()[name].options.queue_dtype] for name in names}
         local = [name for name in names if not made[0][name].whole]
-        cast = {name: [keys[name].keys.to(dtypes[name]) for keys in made] for name in local}
+        keys = {name: torch.cat([each[name].keys for each in made]).to(dtypes[name]) for name in local}
         ids: dict[int, Tensor] = {}  # queues that take keys of the same samples share their ids
         for name in local:
             first = made[0][name].ids
-            ids.setdefault(id(first), torch.cat([keys[name].ids for keys in made]))
-        message = [torch.cat(cast[name]) for name in local] + list(ids.values())
+            if first is not None and id(first) not in ids:
+                ids[id(first)] = torch.cat([part for each in made if (part := each[name].ids) is not None])
+        message = [*keys.values(), *ids.values()]
         arrived = [global_order(part, len(made)) for part in distributed.gather(message)] if local else []
-        known = dict(zip(ids, arrived[len(local) :], strict=True))
-        for name, keys in zip(local, arrived[: len(local)], strict=True):
-            self.key_queues()[name].push(keys, known[id(made[0][name].ids)], step)
+        known = dict(zip(ids, arrived[len(keys) :], strict=True))
+        for name, part in zip(keys, arrived, strict=False):
+            self.key_queues()[name].push(part, known.get(id(made[0][name].ids)), step)
         for name in names:
             if made[0][name].whole:  # each micro-batch holds all of them
                 self.key_queues()[name].push(made[0][name].keys, made[0][name].ids, step)

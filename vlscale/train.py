@@ -48,12 +48,13 @@ def train(request: Request) -> int:
         monitor.warn(warning)
     monitor.say(build.describe(run, setting, model, start))
     vote = distributed.StopVote(setting.device)
+    plans = distributed.StepPlans()
     record = Record(run, setting, model, loader, monitor)
     if start and evaluation_due(run, start) and not record.evaluated(start):
         record.evaluate(start)  # the stop had no time for it
 
     for step, micro_batches in record.timed(loader.steps(start, run.steps)):
-        record.step(step, *one_step(run, model, machine, step, micro_batches))
+        record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
 
         stopping = vote.agreed(guard.requested)
         last = step == run.steps
@@ -85,11 +86,19 @@ class StepResult(NamedTuple):
 
 
 def one_step(
-    run: RunConfig, model: PretrainModel, machine: Engine, step: int, micro_batches: Sequence[Batch]
+    run: RunConfig,
+    model: PretrainModel,
+    machine: Engine,
+    plans: distributed.StepPlans,
+    step: int,
+    micro_batches: Sequence[Batch],
 ) -> StepResult:
     """Forward, backward, update, and the moves that follow the update; nothing is said or saved."""
     seed_step(run.seed, step)
+    if model.twin is not None and run.momentum.drop_layers > 0:
+        momentum.drop_layers(model.twin, run.momentum.drop_layers, run.seed, step)
     task = pick_task(run, model, step)
+    plans.check(step, step_plan(model, task, micro_batches))
     batches = [replace(batch, task=task).to(machine.device) for batch in micro_batches]
     moments = [Moment(step, run.seed, number, len(batches)) for number in range(len(batches))]
     shares = step_shares(model, batches)
@@ -125,6 +134,21 @@ def pick_task(run: RunConfig, model: PretrainModel, step: int) -> str:
         return names[0]
     shares = np.array([model.tasks[name].share for name in names])
     return names[int(np.random.default_rng([run.seed, step]).choice(len(names), p=shares / shares.sum()))]
+
+
+def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -> dict[str, str]:
+    """What every rank must be about to do alike; text lengths may differ."""
+    first = micro_batches[0]
+    return {
+        "task": task,
+        "objectives": ", ".join(name for name, _ in model.asked(task)),
+        "micro-batches": str(len(micro_batches)),
+        "samples": ", ".join(str(len(batch)) for batch in micro_batches),
+        "text views": ", ".join(sorted(first.text)),
+        "visual views": ", ".join(
+            f"{view} {tuple(visual.feats.shape[1:])}" for view, visual in sorted(first.visual.items())
+        ),
+    }
 
 
 def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

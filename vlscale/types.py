@@ -127,7 +127,7 @@ class Keys(NamedTuple):
     """New entries of a key queue."""
 
     keys: Tensor  # [N, E] unit length, detached
-    ids: Tensor  # [N] int64 pair ids
+    ids: Tensor | None  # [N] int64 pair ids; None where nobody asks for them: they need not travel
     whole: bool  # True = already the whole step's, in global order and the same on every rank
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
+from tests.runs import losses, run_whole
 from vlscale import distributed, ds_config, two_pass
 from vlscale.engine import DeepSpeedEngine, Engine, LocalEngine
 from vlscale.families import albef
@@ -161,3 +162,16 @@ def test_two_micro_batches_on_two_ranks_equal_one_batch(stage: str) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_fifty_steps_on_any_number_of_ranks_equal_one_process(world: int, stage: str) -> None:
     check(world, stage, 50, list(MODELS))
+
+
+@pytest.mark.slow
+def test_quickstart_makes_one_series_on_one_two_and_four_processes(tmp_path: Path) -> None:
+    options = ("steps=20", "logging.every=1", "evaluation.every=0", "evaluation.limit=16")
+    series = []
+    for world in (1, 2, 4):
+        out = tmp_path / str(world)
+        run_whole(world, out, "--ds_config", "ds_configs/fp32.json", *options, shrunk=False)
+        series.append(losses(out))
+    assert len(series[0]) == 20
+    for other in series[1:]:
+        assert other == pytest.approx(series[0], abs=1e-4)

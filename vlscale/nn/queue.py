@@ -43,7 +43,7 @@ class KeyQueue(nn.Module):
     """
 
     keys: Tensor  # [places, E] unit length; places = capacity, or capacity / W when sharded
-    ids: Tensor  # [places] int64 pair ids; -1 = no picture
+    ids: Tensor  # [places] int64 pair ids; -1 = of no known picture
     entered: Tensor  # [places] int64, the optimizer step that pushed it; 0 = from the start
     pointer: Tensor  # [1] int64, where the next key goes in the ring
     filled: Tensor  # [1] int64, number of usable keys of the whole ring
@@ -83,15 +83,16 @@ class KeyQueue(nn.Module):
         return places * self._parts + self._own < self.filled
 
     @torch.no_grad()
-    def push(self, keys: Tensor, ids: Tensor, step: int) -> None:
+    def push(self, keys: Tensor, ids: Tensor | None, step: int) -> None:
         """Put in the newest keys, in place; of more than `capacity` the last ones stay.
 
         Args:
             keys: [N, E], unit length, of the whole step in global order, the same on every rank.
-            ids: [N] int64 pair ids.
+            ids: [N] int64 pair ids; None = keys of no known picture.
             step: the optimizer step being made.
         """
         number = keys.shape[0]
+        ids = ids if ids is not None else torch.full((number,), -1, dtype=torch.int64, device=keys.device)
         offsets = torch.arange(max(number - self.capacity, 0), number, device=self.keys.device)
         if self.sharded:
             first = (self._own - (self.pointer + offsets[0])) % self._parts

@@ -46,7 +46,7 @@ class Both(NamedTuple):
 
     first: int  # column of row 0's partner
     ids: Tensor  # [b] int64 pair ids
-    column_ids: Tensor  # [C] int64
+    column_ids: Tensor | None  # [C] int64; None where `same_picture` is negative
     temperature: Tensor  # [1]
     share: float  # of soft targets
 
@@ -75,23 +75,23 @@ class Itc(Objective):
         self.temperature = (family.temperature,)  # in a tuple: it is the family's submodule, not ours
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
-        """Image keys, text keys [b, E] (in the queue's type) and pair ids."""
+        """Image keys, text keys [b, E] (in the queue's type) and, where they matter, pair ids."""
         image, text = self._embeds(enc)
         if self.momentum:
             image, text = self._twins(enc)
         if self.config.queue > 0 and self.config.queue_dtype == "bf16":
             image, text = image.bfloat16(), text.bfloat16()
-        return image, text, batch.pair_id
+        return (image, text) if self.config.same_picture == "negative" else (image, text, batch.pair_id)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """Mean of the two directions' soft cross-entropies over this rank's rows, [] fp32."""
         image, text = self._embeds(enc)
         image_twin, text_twin = self._twins(enc) if self.momentum else (image, text)
-        image_keys, text_keys, ids = shared or (image_twin, text_twin, batch.pair_id)
+        image_keys, text_keys, *ids = shared or (image_twin, text_twin, batch.pair_id)
         both = Both(
             first=enc.first if shared else 0,
             ids=batch.pair_id,
-            column_ids=ids,
+            column_ids=ids[0] if ids else None,
             temperature=enc.family.temperature(),
             share=softening(enc.step, self.config.soften, self.config.soften_warmup),
         )
@@ -111,8 +111,7 @@ class Itc(Objective):
         Soft targets need no matrix: sum_j target_j * logit_j is the query times the mean of the keys under the
         target, and of the twin's softmax that mean is attention with the twin's query (equation 6).
         """
-        left_out = both.ids if self.config.same_picture == "excluded" else None
-        apart = None if left_out is None else (left_out, both.column_ids)
+        left_out, apart = self._apart(both)
         partner = side.columns.narrow(0, both.first, len(side.queries)).float()
         positive = (side.queries * partner).sum(dim=1) / both.temperature
         total, best = contrast.log_sum_exp(side.queries, side.columns, both.temperature, apart=apart)
@@ -127,8 +126,16 @@ class Itc(Objective):
         right = positive.detach() >= best - 1e-5 * (1 + best.abs())  # rounding apart, the partner is the best
         return loss, right.float().mean()
 
+    def _apart(self, both: Both) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Ids whose keys are left out, of the queue's and of the batch's columns."""
+        if self.config.same_picture != "excluded":
+            return None, None
+        assert both.column_ids is not None, "`share` gives ids unless same_picture is negative"
+        return both.ids, (both.ids, both.column_ids)
+
     def _true_keys(self, side: Side, both: Both) -> Tensor:
         """[b, E] mean of all keys of the row's picture, of the batch and of the queue."""
+        assert both.column_ids is not None, "`share` gives ids unless same_picture is negative"
         total, count = contrast.sum_of_id(both.ids, side.columns, both.column_ids)
         if side.queue is not None:
             more, further = side.queue.sum_of_id(both.ids)
@@ -138,8 +145,7 @@ class Itc(Objective):
     @torch.no_grad()
     def _soft_keys(self, side: Side, both: Both, partner: Tensor) -> Tensor:
         """[b, E] mean of the keys under the twin's softmax over all columns."""
-        left_out = both.ids if self.config.same_picture == "excluded" else None
-        apart = None if left_out is None else (left_out, both.column_ids)
+        left_out, apart = self._apart(both)
         found = contrast.soft_keys(side.teachers, side.columns, both.temperature, apart=apart)
         if apart is not None:
             own = (side.teachers * partner).sum(dim=1) / both.temperature
@@ -156,8 +162,9 @@ class Itc(Objective):
         """The twin's embeddings."""
         if self.config.queue == 0:
             return {}
-        image, text, ids = shared or (*self._twins(enc), batch.pair_id)
-        return {name: Keys(keys.detach(), ids, self.whole) for name, keys in (("image", image), ("text", text))}
+        image, text, *ids = shared or (*self._twins(enc), batch.pair_id)
+        known = ids[0] if ids and self.config.same_picture != "negative" else None
+        return {name: Keys(keys.detach(), known, self.whole) for name, keys in (("image", image), ("text", text))}
 
     def limits(self) -> list[tuple[nn.Parameter, float, float]]:
         """The temperature's."""
