@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,15 @@ class Loose(NamedTuple):
     why: str
 
 
+class Absent(NamedTuple):
+    """In a value's place, under a shell pattern of names (`s3d/*`): tensors of a part that we do not have."""
+
+    why: str
+
+
+Value = Tensor | Loose | Absent
+
+
 @dataclass(frozen=True)
 class Row:
     """One compared tensor. `tolerance` is the largest allowed absolute difference."""
@@ -114,20 +124,23 @@ def _never() -> tuple[float, float, float, bool]:
     return float("inf"), float("inf"), 0.0, False
 
 
-def judge(folder: Folder, system: str, computed: Mapping[str, Mapping[str, Tensor | Loose]]) -> Report:
+def judge(folder: Folder, system: str, computed: Mapping[str, Mapping[str, Value]]) -> Report:
     """Compare what we computed, {outputs file: {name: tensor}}, with every tensor of every outputs file.
 
-    A tensor that we have no value for fails the report.
+    A tensor that we have no value for is reported, and fails the report unless an `Absent` says why.
     """
     compared: list[Row] = []
     left: list[dict[str, str]] = []
     missing = False
-    for file in sorted(folder.path.glob("*outputs*.safetensors")):
-        ours = computed.get(file.name, {})
+    for file in sorted(folder.path.rglob("*outputs*.safetensors")):
+        place = file.relative_to(folder.path)  # `outputs.safetensors`, or `v1/outputs.safetensors` of a variant
+        ours = computed.get(place.as_posix(), {})
         for name, theirs in sorted(load_file(file).items()):
-            label = name if file.name == "outputs.safetensors" else f"{file.stem}:{name}"
-            value = ours.get(name)
-            if value is None:
+            label = (place.parent / (name if file.stem == "outputs" else f"{file.stem}:{name}")).as_posix()
+            value = ours[name] if name in ours else _absent(ours, name)
+            if isinstance(value, Absent):
+                left.append({"name": label, "why": value.why})
+            elif value is None:
                 missing = True
                 left.append({"name": label, "why": "our computation has no value of this name"})
             elif isinstance(value, Loose) and value.value.shape == theirs.shape:
@@ -138,6 +151,12 @@ def judge(folder: Folder, system: str, computed: Mapping[str, Mapping[str, Tenso
                 compared.append(compare(label, value, theirs))
     ok = bool(compared) and not missing and all(row.ok for row in compared)
     return Report(system, compared, left, ok)
+
+
+def _absent(ours: Mapping[str, Value], name: str) -> Absent | None:
+    """Why we have no value of this name, where a pattern says so."""
+    reasons = (each for pattern, each in ours.items() if isinstance(each, Absent) and fnmatchcase(name, pattern))
+    return next(reasons, None)
 
 
 def _compare_loosely(label: str, ours: Loose, theirs: Tensor) -> Row:
