@@ -14,6 +14,7 @@ import torch
 import vlscale.families
 import vlscale.objectives
 from tests.models import batch_for
+from tests.whole_steps import check_whole
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
 from vlscale.objectives.base import Objective
@@ -24,6 +25,10 @@ EXCUSED = {
     "itc": ("fusion_stack",),  # it contrasts before the modalities meet
     "itm": ("text_proj", "visual_proj", "temperature"),  # they only draw negatives
     "mlm": ("text_proj", "visual_proj", "temperature"),  # it embeds nothing
+    "imc": ("fusion_stack",),
+    "lmi": ("fusion_stack",),
+    "sigmoid": ("fusion_stack",),
+    "mil_nce": ("fusion_stack", "temperature"),  # bare dot products
 }
 
 
@@ -41,18 +46,24 @@ def short(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-def miniature(family: ModuleType) -> tuple[Any, Family]:
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    known = {name: value for name, value in changes.items() if name in config.__dataclass_fields__}
+    return dataclasses.replace(config, **known)
+
+
+def miniature(family: ModuleType, changes: dict[str, Any] | None = None) -> tuple[Any, Family]:
     torch.manual_seed(0)
-    config = family.tiny()
+    config = changed(family.tiny(), changes or {})
     return config, family.build(config)
 
 
-def built(family: ModuleType, objective: ModuleType) -> tuple[Any, PretrainModel]:
-    """The family's miniature with one objective; skips a pair that cannot go together."""
-    config, network = miniature(family)
-    options = objective.Config()
-    if hasattr(options, "queue"):
-        options = dataclasses.replace(options, queue=8)
+def built(family: ModuleType, objective: ModuleType, **changes: Any) -> tuple[Any, PretrainModel]:
+    """The family's miniature with one objective; `changes` go to whichever `Config` has them.
+
+    Skips a pair that cannot go together.
+    """
+    config, network = miniature(family, changes)
+    options = changed(objective.Config(), {"queue": 8, **changes})
     (kind,) = {each for each in vars(objective).values() if isinstance(each, type) and Objective in each.__bases__}
     if kind.needs - network.offers:
         pytest.skip(f"{short(objective)} needs {sorted(kind.needs - network.offers)}")
@@ -101,6 +112,18 @@ def test_pair_trains(family: ModuleType, objective: ModuleType) -> None:
         model(batch, Moment(2))
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), f"evaluation changed {name}"
+
+
+WHOLE = [(f, o) for f, o in PAIRS if "scope" in o.Config.__dataclass_fields__]
+
+
+@pytest.mark.parametrize(("family", "objective"), WHOLE, ids=[f"{short(f)}-{short(o)}" for f, o in WHOLE])
+def test_scope_global_does_not_depend_on_micro_batches(family: ModuleType, objective: ModuleType) -> None:
+    def make() -> PretrainModel:
+        return built(family, objective, scope="global", dropout=0.0)[1]
+
+    config, _ = built(family, objective)
+    check_whole(make, batch_for(config.inputs, config.vocab), world=1, number=2)
 
 
 @pytest.mark.parametrize(("family", "objective"), PAIRS, ids=[f"{short(f)}-{short(o)}" for f, o in PAIRS])

@@ -30,7 +30,7 @@ NEVER = {  # a part of the house -> what it must not import
     "vlscale.data": ("vlscale.nn", "vlscale.families", "vlscale.objectives", "vlscale.model"),
     "vlscale": ("launchers", "tests"),
 }
-NN_MAY = ("vlscale.nn", "vlscale.types")
+NN_MAY = ("vlscale.nn", "vlscale.types", "vlscale.distributed")
 
 
 @dataclass(frozen=True)

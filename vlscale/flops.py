@@ -97,8 +97,10 @@ def step_flops(model: PretrainModel, batch: Batch, mode: str = "none") -> Flops:
 
 
 def _pass(model: PretrainModel, batch: Batch, name: str) -> int:
-    """FLOPs of one pass over the micro-batch; text is as long as its view's padding."""
+    """FLOPs of one pass over the micro-batch; text is as long as its view's padding, and may have several rows
+    per sample (candidate captions)."""
     verb, *views = name.removeprefix("momentum.").split(":")
     known = [view for view in views if view in batch.text]
-    length = batch.text[known[0] if known else next(iter(batch.text))].ids.shape[1] if batch.text else 0
-    return len(batch) * model.family.flops(length)[verb]
+    ids = batch.text[known[0] if known else next(iter(batch.text))].ids if batch.text else None
+    rows = len(ids) if ids is not None and verb == "encode_text" else len(batch)
+    return rows * model.family.flops(0 if ids is None else ids.shape[1])[verb]

@@ -251,6 +251,10 @@ class PretrainModel(nn.Module):
             for figure, value in queue.metrics(step).items()
         }
 
+    def queue_digests(self) -> dict[str, str]:
+        """{queue: digest} of what every rank must hold alike, for `distributed.same_settings`."""
+        return {f"the {name} queue": queue.digest() for name, queue in self.key_queues().items()}
+
     def sharded_buffers(self) -> dict[str, Tensor]:
         """{name: buffer} of this rank's parts of sharded queues; all other buffers are alike on all ranks."""
         return {

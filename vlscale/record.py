@@ -87,7 +87,12 @@ class Record:
         self._monitor.scalars(step, values)
 
     def save(self, step: int, machine: Engine) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            TrainingError: the ranks' key queues have come to differ.
+        """
+        distributed.same_settings("what the ranks keep", self._model.queue_digests())
         loader = {**self._loader.state(), "bad_samples": self._bad_samples()}
         state = {
             "step": step,

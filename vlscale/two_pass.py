@@ -28,6 +28,7 @@ from vlscale.types import Batch, Moment, Pass, Stream, lengthened
 
 T = TypeVar("T")
 Key = tuple[str, ...]  # (text or visual, view)
+E = TypeVar("E", "_Looking", "_Leaves", "_Again")
 
 
 def passes(
@@ -101,17 +102,10 @@ class Cache:
             )
 
 
-class _Kept(Encodings):
-    """Encodings whose own streams are kept in a cache; `at.number` is the micro-batch."""
-
-    def __init__(self, model: PretrainModel, batch: Batch, at: Moment, cache: Cache) -> None:
-        momentum = cache.twins[at.number] if at.number < len(cache.twins) else model.momentum_encodings(batch, at)
-        super().__init__(model.family, batch, at, model.key_queues(), momentum)
-        self.cache = cache
-
-
-class _Looking(_Kept):
+class _Looking(Encodings):
     """Streams are made without a graph and kept, as leaves, with the random state that they were made in."""
+
+    cache: Cache
 
     def _once(self, key: Key, make: Callable[[], T]) -> T:
         assert key[0] != "fused", "`share` looks at streams alone"
@@ -125,8 +119,10 @@ class _Looking(_Kept):
         return kept
 
 
-class _Leaves(_Kept):
+class _Leaves(Encodings):
     """Streams are the kept ones, and gather gradients."""
+
+    cache: Cache
 
     def _once(self, key: Key, make: Callable[[], T]) -> T:
         make_or_take: Any = make if key[0] == "fused" else lambda: self._rows(key)
@@ -142,8 +138,10 @@ class _Leaves(_Kept):
         return self.cache.joined[kind, view]
 
 
-class _Again(_Kept):
+class _Again(Encodings):
     """Kept streams are made again, with a graph, as they were made the first time."""
+
+    cache: Cache
 
     def _once(self, key: Key, make: Callable[[], T]) -> T:
         if key in self._kept or key not in self.cache.random:
@@ -161,7 +159,7 @@ class Look:
     def run(self, model: PretrainModel, batch: Batch, at: Moment) -> Pass:
         """See `Phase`."""
         self.cache.twins.append(model.momentum_encodings(batch, at))
-        enc = _Looking(model, batch, at, self.cache)
+        enc = _begin(_Looking, self.cache, model, batch, at)
         asked = model.asked(batch.task)
         self.cache.shared.append({name: each.share(enc, batch) for name, each in asked if each.whole})
         return Pass({}, {})
@@ -175,7 +173,7 @@ class Contrast:
 
     def run(self, model: PretrainModel, batch: Batch, at: Moment) -> Pass:
         """See `Phase`."""
-        enc = _Leaves(model, batch, at, self.cache)
+        enc = _begin(_Leaves, self.cache, model, batch, at)
         asked = {name: each for name, each in model.asked(batch.task) if each.whole}
         return model.ask(asked, enc, batch, self.cache.everyone)
 
@@ -188,7 +186,7 @@ class Deliver:
 
     def run(self, model: PretrainModel, batch: Batch, at: Moment) -> Pass:
         """See `Phase`."""
-        enc = _Again(model, batch, at, self.cache)
+        enc = _begin(_Again, self.cache, model, batch, at)
         rows = _rows_of(at.number, batch)
         meets: list[tuple[Tensor, Tensor | None]] = []
         asked = dict(model.asked(batch.task))
@@ -221,6 +219,13 @@ class _Bring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(part for gradient in ctx.gradients for part in (gradient, None))
+
+
+def _begin(kind: type[E], cache: Cache, model: PretrainModel, batch: Batch, at: Moment) -> E:
+    """Encodings of a micro-batch with its twin's, which are made once for all passes."""
+    enc = kind(model.family, batch, at, model.key_queues(), cache.twins[at.number])
+    enc.cache = cache
+    return enc
 
 
 def _rows_of(number: int, batch: Batch) -> slice:

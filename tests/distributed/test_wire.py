@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.distributed.spawn import run_ranks
 from tests.models import albef_batch
 from vlscale import distributed
+from vlscale.errors import TrainingError
 from vlscale.families import albef
 from vlscale.model import PretrainModel
 from vlscale.objectives import itc
@@ -95,3 +96,23 @@ def test_pair_ids_travel_with_the_keys_where_they_matter() -> None:
 def test_clip_needs_one_message_there_and_one_back() -> None:
     for calls in run_ranks(ours, 2, {"queue": 0, "soften": 0.0, "scope": "global"}):
         assert [name for name, _ in calls] == ["all_gather_into_tensor", "reduce_scatter_tensor"]
+
+
+def digests(spoil: bool) -> list[str]:
+    torch.manual_seed(0)
+    family = albef.build(albef.tiny())
+    model = PretrainModel(family, {"itc": itc.build(itc.Config(queue=16, queue_dtype="bf16"), family)})
+    made = model(albef_batch(seed=distributed.rank()), Moment(1))
+    model.commit([made.keys], 1, "step")
+    if spoil and distributed.rank() == 1:
+        model.key_queues()["text"].keys[3, 0] += 1
+    distributed.same_settings("what the ranks keep", model.queue_digests())
+    return list(model.queue_digests().values())
+
+
+def test_queues_are_alike_on_all_ranks_and_proven_so() -> None:
+    first, second = run_ranks(digests, 2, False)
+    assert first == second
+    assert len(set(first)) == 2
+    with pytest.raises(TrainingError, match="the text queue is '.*' on rank 0 but '.*' on rank 1"):
+        run_ranks(digests, 2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,6 +174,15 @@ class KeyQueue(nn.Module):
             (parts,) = distributed.gather([buffer])
             out[name] = parts.view(self._parts, *buffer.shape).transpose(0, 1).reshape(-1, *buffer.shape[1:])
         return out
+
+    def digest(self) -> str:
+        """Of the buffers that are the same on every rank."""
+        apart = self.parts()
+        digest = hashlib.blake2b(digest_size=8)
+        for name, buffer in self.named_buffers():
+            if name not in apart:
+                digest.update(buffer.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _mask(self) -> Tensor | None:
         return None if self.full_from_start else self.valid()
