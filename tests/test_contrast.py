@@ -465,6 +465,9 @@ def test_infonce_of_32768_columns_takes_little_memory() -> None:
 
 @pytest.mark.slow
 def test_infonce_of_32768_columns_is_not_slower_than_the_whole_matrix() -> None:
+    """In processor time of one thread, which neighbours on the machine disturb least."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     given = inputs = [F.normalize(torch.randn(rows, 512), dim=1).requires_grad_() for rows in (512, 32768)]
     temperature, labels = torch.tensor([0.07]), torch.arange(512)
 
@@ -476,11 +479,14 @@ def test_infonce_of_32768_columns_is_not_slower_than_the_whole_matrix() -> None:
         return (lse - (given[0] * given[1][:512]).sum(dim=1) / temperature).mean()
 
     def seconds(way: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         torch.autograd.grad(way(), inputs)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert float(streamed().detach()) == pytest.approx(float(plain().detach()), rel=1e-5)
-    measured = [(seconds(plain), seconds(streamed)) for _ in range(8)][1:]
+    try:
+        measured = [(seconds(plain), seconds(streamed)) for _ in range(8)][1:]
+    finally:
+        torch.set_num_threads(threads)
     before, after = (statistics.median(column) for column in zip(*measured, strict=True))
     assert after <= 1.15 * before
