@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tests.reference.compare import Folder, Loose
 from vlscale.families import albef
 from vlscale.model import Encodings, PretrainModel
-from vlscale.nn import momentum
+from vlscale.nn import contrast, momentum
 from vlscale.objectives import itc, itm, mlm
-from vlscale.types import Batch, Loss, Text, Visual
+from vlscale.objectives.base import FamilyLike
+from vlscale.types import Batch, Loss, Moment, Pass, Text, Visual
 from vlscale.weights import fill, find
 
 Tensors = dict[str, Tensor]
@@ -29,18 +30,22 @@ NOISE = (
     "a key bias adds the same to every score of a query: its gradient is 0 but for rounding, which AdamW "
     "turns into steps of up to the learning rate; checked to stay within that bound"
 )
-WATCHED = (("itc", "logits"), ("itc", "targets"), ("itm", "logits"), ("itm", "weights"))
+WATCHED = ("logits", "weights")  # methods of the matching objective
 
 
 def run(folder: Folder) -> dict[str, Values]:
     """{outputs file: {name: tensor}} of every step, in one process and as two ranks."""
-    single = _Runner(folder).train({"": folder.tensors("batch.safetensors")})
+    return run_steps(folder, Runner)
+
+
+def run_steps(folder: Folder, runner: type[Runner]) -> dict[str, Values]:
+    """The same by another runner."""
+    computed = {"outputs.safetensors": runner(folder).train({"": folder.tensors("batch.safetensors")})}
     inputs = folder.tensors("ddp2_batch.safetensors")
-    computed = {"outputs.safetensors": single}
     if inputs:
         ranks = sorted({name.split("/")[0] for name in inputs})
         parts = {f"{rank}/": _under(inputs, f"{rank}/") for rank in ranks}
-        computed["ddp2_outputs.safetensors"] = _Runner(folder).train(parts)
+        computed["ddp2_outputs.safetensors"] = runner(folder).train(parts)
     return computed
 
 
@@ -72,22 +77,54 @@ def family_config(config: dict[str, Any]) -> albef.Config:
     )
 
 
-class _Runner:
+class Runner:
     """The model under the authors' weights, its optimizer, and what each step leaves behind."""
+
+    twin_view = "clean"  # of the pictures
 
     def __init__(self, folder: Folder) -> None:
         self.config = folder.config
         self.family = family = albef.build(family_config(self.config))
-        self.itc = itc.build(itc.Config(queue=self.config["queue_size"]), family)
-        self.itm = itm.build(itm.Config(epsilon=0.0, same_picture="negative"), family)
-        self.mlm = mlm.build(mlm.Config(scope="rank"), family)
-        self.model = PretrainModel(family, {"itc": self.itc, "itm": self.itm, "mlm": self.mlm})
+        view = self.twin_view
+        self.itm = itm.build(itm.Config(epsilon=0.0, same_picture="negative", momentum_visual=view), family)
+        self.mlm = mlm.build(mlm.Config(scope="rank", momentum_visual=view), family)
+        self.contrasts = self.build_contrasts(family)
+        self.model = PretrainModel(family, {**self.contrasts, "itm": self.itm, "mlm": self.mlm})
         weights = folder.tensors("weights.safetensors")
         fill(self.model, weights, albef.PUBLISHED)
         self.names = self._names(weights)
         self.shapes = {name: weights[name].shape for name in self.names}
         self.order = self.config.get("param_order", sorted(self.names))
         self.optimizer = self._optimizer(self.config["optimizer"])
+
+    def build_contrasts(self, family: FamilyLike) -> dict[str, Any]:
+        """The objectives whose weighted sum the authors call ita."""
+        return {"itc": itc.build(itc.Config(queue=self.config["queue_size"]), family)}
+
+    def views(self, inputs: Tensors) -> dict[str, Visual]:
+        """The pictures of one rank."""
+        return {"clean": Visual(inputs["image"])}
+
+    def ita(self, losses: Losses) -> Tensor:
+        """The authors' loss_ita."""
+        return torch.stack([losses[name].value * each.weight for name, each in self.contrasts.items()]).sum()
+
+    def contrast_values(self, enc: Encodings, losses: Losses) -> Tensors:
+        """Similarities, targets and losses of the contrastive objectives."""
+        values = {"loss_ita": self.ita(losses)}
+        for name in ("i2t", "t2i"):
+            values[f"loss_{name}"] = losses["itc"].metrics[f"itc/{name}"]
+            values[f"sim_{name}"] = self.similarities(enc, name)
+            values[f"sim_{name}_m"] = self.similarities(enc, name, teacher=True)
+            soft, hard = values[f"sim_{name}_m"].softmax(dim=1), torch.eye(*values[f"sim_{name}"].shape)
+            values[f"target_{name}"] = torch.lerp(hard, soft, self.share)
+        return values
+
+    def similarities(self, enc: Encodings, name: str, teacher: bool = False) -> Tensor:
+        """Embeddings (the twin's for `teacher`) against the twin's and a queue; `name` is i2t, t2i, ..."""
+        twins = embeds(enc.momentum, self.twin_view)
+        rows, queue = twins if teacher else embeds(enc, "clean"), enc.queue({"i": "image", "t": "text"}[name[2]])
+        return contrast.logits(rows[name[0]], torch.cat([twins[name[2]], queue.keys]), enc.family.temperature())
 
     def _names(self, weights: Tensors) -> dict[str, nn.Parameter]:
         """{authors' parameter name: our parameter}, by the rename table."""
@@ -106,11 +143,9 @@ class _Runner:
             if parameter.requires_grad:
                 spared = len(self.shapes[name]) == 1 or name.endswith(".bias")
                 groups[not spared].append(parameter)
+        decays = {True: options["weight_decay"], False: 0.0}
         return torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": options["weight_decay"]},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
+            [{"params": groups[decay], "weight_decay": decays[decay]} for decay in groups],
             lr=options["lr"],
             betas=tuple(options["betas"]),
             eps=options["eps"],
@@ -123,25 +158,23 @@ class _Runner:
         for number in steps:
             self._before(number)
             own = {rank: self._forward(_under(inputs, f"s{number}/")) for rank, inputs in ranks.items()}
-            state = self._queue("before")
-            self._backward([losses for losses, _, _ in own.values()])
+            state = self._queues("before")
+            self._backward([made.losses for made, _ in own.values()])
             self.optimizer.step()
-            for _, _, pending in own.values():  # rank 0's keys, then rank 1's
-                self.itc.pending = pending
-                self.model.commit("all")
-            shared: Values = {**state, **self._queue("after"), **self._gradients(), **self._after(number + 1)}
-            for rank, (_, values, _) in own.items():
+            self.model.commit([made.keys for made, _ in own.values()], number + 1, "step")
+            shared: Values = {**state, **self._queues("after"), **self._gradients(), **self._after(number + 1)}
+            for rank, (_, values) in own.items():
                 out |= {f"{rank}s{number}/{name}": value for name, value in {**values, **shared}.items()}
             if number == steps[0] and "" in ranks:  # the first step's gradients also stand without a prefix
                 out |= {name: value for name, value in shared.items() if name.startswith("grad/")}
         return out
 
-    def _forward(self, inputs: Tensors) -> tuple[Losses, Tensors, itc.Pending | None]:
-        """One rank's losses, everything recorded on the way, and the keys that wait for `commit`."""
+    def _forward(self, inputs: Tensors) -> tuple[Pass, Tensors]:
+        """What the model makes of one rank's inputs, and everything recorded on the way."""
         with _Recorder(self, inputs) as recorder:
-            losses = self.model(recorder.batch, 1)
-            values = recorder.values(losses)
-        return losses, {**values, **self._alone(losses)}, self.itc.pending
+            made = self.model(recorder.batch, Moment(step=1))
+            values = recorder.values(made.losses)
+        return made, {**values, **self._alone(made.losses)}
 
     def _backward(self, ranks: list[Losses]) -> None:
         """The gradient of the total, averaged over ranks."""
@@ -153,24 +186,18 @@ class _Runner:
     def _before(self, number: int) -> None:
         """The share of soft targets of this step, the temperature's limits, and the twin's move."""
         shares = self.config["alpha"]
-        share = shares[min(number, len(shares) - 1)] if isinstance(shares, list) else shares
-        self.itc.config = replace(self.itc.config, soften=share)
-        self.mlm.config = replace(self.mlm.config, soften=share)
-        for parameter, least, greatest in self.itc.limits():
+        self.share = shares[min(number, len(shares) - 1)] if isinstance(shares, list) else shares
+        for objective in (self.contrasts["itc"], self.mlm):
+            objective.config = replace(objective.config, soften=self.share)
+        for parameter, least, greatest in self.contrasts["itc"].limits():
             parameter.clamp_(least, greatest)
-        pairs = [(online.data, twin.data) for online, twin in self.model.momentum_pairs()]
-        averages, sources = [twin for _, twin in pairs], [online for online, _ in pairs]
-        momentum.update(averages, sources, self.config["momentum"])
+        pairs = self.model.momentum_pairs()
+        momentum.update([twin.data for _, twin in pairs], [one.data for one, _ in pairs], self.config["momentum"])
 
-    def _queue(self, when: str) -> Tensors:
-        image, text = self.itc.image_queue, self.itc.text_queue
-        assert image is not None
-        assert text is not None
-        return {
-            f"image_queue_{when}": image.keys.T.clone(),
-            f"text_queue_{when}": text.keys.T.clone(),
-            f"queue_ptr_{when}": image.pointer.clone(),
-        }
+    def _queues(self, when: str) -> Tensors:
+        queues = self.model.key_queues()
+        keys = {f"{name}_queue_{when}": queue.keys.T.clone() for name, queue in queues.items()}
+        return {**keys, f"queue_ptr_{when}": queues["image"].pointer.clone()}
 
     def _gradients(self) -> Tensors:
         found = {name: parameter.grad for name, parameter in self.names.items()}
@@ -185,9 +212,9 @@ class _Runner:
         """The gradient of each objective's loss on its own; the graph is kept."""
         trained = {name: each for name, each in self.names.items() if each.requires_grad}
         out = {}
-        for objective, name in (("itc", "ita"), ("itm", "itm"), ("mlm", "mlm")):
+        for name, loss in (("ita", self.ita(losses)), ("itm", losses["itm"].value), ("mlm", losses["mlm"].value)):
             found = torch.autograd.grad(
-                losses[objective].value,
+                loss,
                 list(trained.values()),
                 retain_graph=True,
                 allow_unused=True,
@@ -223,10 +250,10 @@ class _Runner:
 class _Recorder:
     """Watches one forward pass of one rank: the encodings, each block's outputs, logits, targets, weights."""
 
-    def __init__(self, runner: _Runner, inputs: Tensors) -> None:
+    def __init__(self, runner: Runner, inputs: Tensors) -> None:
         self.runner = runner
         self.inputs = inputs
-        self.batch = _batch(inputs)
+        self.batch = _batch(inputs, runner.views(inputs))
         self.outputs: dict[str, list[Tensor]] = defaultdict(list)  # module -> one output per call
         self.calls: dict[str, list[Any]] = defaultdict(list)  # method -> one result per call
         self.enc: Encodings | None = None
@@ -242,38 +269,38 @@ class _Recorder:
             module.register_forward_hook(lambda _m, _i, out, name=name: self.outputs[name].append(out))
             for name, module in watched.items()
         ]
-        self.hooks.append(runner.itc.register_forward_pre_hook(self._keep_encodings))
-        for objective, method in WATCHED:
-            self._watch(getattr(runner, objective), f"{objective}.{method}")
+        self.hooks.append(runner.itm.register_forward_pre_hook(self._keep_encodings))
+        for method in WATCHED:
+            self._watch(method)
         forced = (self.inputs["neg_image_idx"], self.inputs["neg_text_idx"])
-        runner.itm.draw = lambda t2i, i2t: forced  # type: ignore[method-assign]
+        runner.itm.draw = lambda enc, t2i, i2t: forced  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
-        for objective, method in WATCHED:
-            del getattr(self.runner, objective).__dict__[method]
-        del self.runner.itm.__dict__["draw"]
+        for method in (*WATCHED, "draw"):
+            del self.runner.itm.__dict__[method]
 
     def _keep_encodings(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.enc = inputs[0]
 
-    def _watch(self, objective: nn.Module, name: str) -> None:
-        method = name.split(".")[1]
-        plain = getattr(objective, method)
+    def _watch(self, method: str) -> None:
+        plain = getattr(self.runner.itm, method)
 
         def watched(*inputs: Any) -> Any:
             result = plain(*inputs)
-            self.calls[name].append(result)
+            self.calls[method].append(result)
             return result
 
-        objective.__dict__[method] = watched
+        self.runner.itm.__dict__[method] = watched
 
     @torch.no_grad()
     def values(self, losses: Losses) -> Tensors:
         """Everything under the authors' names."""
-        found = {**self._encodings(), **self._layers(), **self._contrast(), **self._losses(losses)}
+        assert self.enc is not None
+        contrasts = self.runner.contrast_values(self.enc, losses)
+        found = {**self._encodings(), **self._layers(), **contrasts, **self._matching(), **self._losses(losses)}
         return {name: value.detach().clone() for name, value in found.items()}
 
     def _encodings(self) -> Tensors:
@@ -281,13 +308,14 @@ class _Recorder:
         assert enc is not None
         twin, head, head_twin = enc.momentum, self.runner.mlm.head, self.runner.mlm.head_twin
         assert head_twin is not None
-        masked, masked_m = enc.fused("masked", "clean").text, twin.fused("masked", "clean").text
+        view = self.runner.twin_view
+        masked, masked_m = enc.fused("masked", "clean").text, twin.fused("masked", view).text
         logits_m = head_twin(masked_m, twin.family.word_embedding.weight)
         return {
             "image_embeds": enc.visual("clean").hidden,
-            "image_embeds_m": twin.visual("clean").hidden,
+            "image_embeds_m": twin.visual(view).hidden,
             "image_feat": enc.visual("clean").embed,
-            "image_feat_m": twin.visual("clean").embed,
+            "image_feat_m": twin.visual(view).embed,
             "text_embeds": enc.text("clean").hidden,
             "text_embeds_m": twin.text("clean").hidden,
             "text_feat": enc.text("clean").embed,
@@ -323,28 +351,13 @@ class _Recorder:
         values["fusion_neg"] = next(out for out in fused if len(out) == 2 * len(self.batch))
         return values
 
-    def _contrast(self) -> Tensors:
-        i2t, t2i, i2t_soft, t2i_soft = self.calls["itc.logits"]
-        targets_i2t, targets_t2i = self.calls["itc.targets"]
-        (weights_t2i, weights_i2t), (logits,) = self.calls["itm.weights"][0], self.calls["itm.logits"]
-        return {
-            "sim_i2t": i2t,
-            "sim_t2i": t2i,
-            "sim_i2t_m": i2t_soft,
-            "sim_t2i_m": t2i_soft,
-            "target_i2t": targets_i2t,
-            "target_t2i": targets_t2i,
-            "itm_weights_t2i": weights_t2i,
-            "itm_weights_i2t": weights_i2t,
-            "itm_logits": logits,
-        }
+    def _matching(self) -> Tensors:
+        (weights_t2i, weights_i2t), (logits,) = self.calls["weights"][0], self.calls["logits"]
+        return {"itm_weights_t2i": weights_t2i, "itm_weights_i2t": weights_i2t, "itm_logits": logits}
 
     def _losses(self, losses: Losses) -> Tensors:
-        contrast, words, legacy = losses["itc"], losses["mlm"], self._legacy()
+        words, legacy = losses["mlm"], self._legacy()
         return {
-            "loss_i2t": contrast.metrics["itc/i2t"],
-            "loss_t2i": contrast.metrics["itc/t2i"],
-            "loss_ita": contrast.value,
             "loss_itm": losses["itm"].value,
             "loss_mlm": words.value,
             "loss_mlm_hard": words.metrics["mlm/hard"],
@@ -368,13 +381,19 @@ def _which(outputs: list[Tensor], wanted: Tensor | None) -> int:
     return next(number for number, out in enumerate(outputs) if out is wanted)
 
 
-def _batch(inputs: Tensors) -> Batch:
+def embeds(enc: Encodings, view: str) -> Tensors:
+    """[B, E] of pictures (i) and texts (t)."""
+    found = {"i": enc.visual(view).embed, "t": enc.text("clean").embed}
+    return {kind: each for kind, each in found.items() if each is not None}
+
+
+def _batch(inputs: Tensors, views: dict[str, Visual]) -> Batch:
     mask = inputs["attention_mask"].bool()
     return Batch(
         text={
             "clean": Text(inputs["input_ids"], mask),
             "masked": Text(inputs["mlm_input_ids"], mask, inputs["mlm_labels"]),
         },
-        visual={"clean": Visual(inputs["image"])},
+        visual=views,
         pair_id=torch.arange(len(mask)),
     )

@@ -39,13 +39,16 @@ class Family(nn.Module):
     (its miniature) and `PUBLISHED` (renames from the authors' checkpoint names to `PretrainModel`'s).
     """
 
-    offers: ClassVar[frozenset[str]] = frozenset()  # of: text, visual, fuse, embed, decode, codes
+    # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes
+    offers: ClassVar[frozenset[str]] = frozenset()
     published: ClassVar[Renames] = Renames()  # the authors' checkpoints
     init_text: ClassVar[Renames] = Renames()  # the text tower's usual start, e.g. bert-base-uncased
     init_vision: ClassVar[Renames] = Renames()  # the image tower's usual start, e.g. DeiT
     dims: Dims
     inputs: Inputs
     temperature: Temperature  # of families that offer `embed`; call it for [1] fp32
+    text_proj: nn.Module  # [..., D] states -> [..., E]; of families that offer `embed`
+    visual_proj: nn.Module
 
     @property
     def word_embedding(self) -> nn.Embedding:

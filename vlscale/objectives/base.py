@@ -18,8 +18,8 @@ class FamilyLike(Protocol):
     dims: Dims
     inputs: Inputs
     temperature: Temperature
-    text_proj: nn.Linear  # of families that offer `embed`: a text's state -> E
-    visual_proj: nn.Linear  # of families that offer `embed`: a patch's state -> E
+    text_proj: nn.Module  # [..., D] states -> [..., E]; of families that offer `embed`
+    visual_proj: nn.Module
 
     @property
     def word_embedding(self) -> nn.Embedding:
