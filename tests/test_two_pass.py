@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.test_whole_batch import part
 from tests.models import albef_batch
+from tests.whole_steps import check_whole, part
 from vlscale import two_pass
 from vlscale.engine import LocalEngine
 from vlscale.families import albef
@@ -52,15 +52,7 @@ def step(model: PretrainModel, batches: list[Batch]) -> tuple[float, dict[str, T
 
 @pytest.mark.parametrize("queue", [0, 40])
 def test_eight_micro_batches_of_eight_equal_one_batch_of_64(queue: int) -> None:
-    whole = albef_batch(size=64)
-    loss, expected = step(build(queue=queue), [whole])
-    parts = [part(whole, slice(8 * each, 8 * each + 8)) for each in range(8)]
-    micro_loss, found = step(build(queue=queue), parts)
-    assert micro_loss == pytest.approx(loss, rel=1e-6)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        difference = float((found[name] - value).norm())
-        assert difference <= 1e-5 * float(value.norm()) + 1e-7, name
+    check_whole(lambda: build(queue=queue), albef_batch(size=64), world=1, number=8)
 
 
 def test_captions_of_other_lengths_in_each_micro_batch() -> None:

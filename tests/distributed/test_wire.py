@@ -114,5 +114,5 @@ def test_queues_are_alike_on_all_ranks_and_proven_so() -> None:
     first, second = run_ranks(digests, 2, False)
     assert first == second
     assert len(set(first)) == 2
-    with pytest.raises(TrainingError, match="the text queue is '.*' on rank 0 but '.*' on rank 1"):
+    with pytest.raises(TrainingError, match="the text queue is"):
         run_ranks(digests, 2, True)

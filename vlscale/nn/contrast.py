@@ -140,12 +140,6 @@ def sum_of_id(ids: Tensor, keys: Tensor, column_ids: Tensor) -> tuple[Tensor, Te
     return total.index_select(0, group_of_row), number[group_of_row]
 
 
-def mean_key_of_id(ids: Tensor, keys: Tensor, column_ids: Tensor) -> Tensor:
-    """Each row's mean of the keys that carry its id, [N, E]: `sum_of_id` divided; zeros for a row that finds none."""
-    total, number = sum_of_id(ids, keys, column_ids)
-    return total / number.clamp(min=1)[:, None]
-
-
 def sigmoid_pairs(
     queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, first: int | Tensor | None, block: int | None = None
 ) -> Tensor:

@@ -37,6 +37,7 @@ class Side(NamedTuple):
 
     queries: Tensor  # [b, E], with gradient
     teachers: Tensor  # [b, E] the same samples by the twin
+    partners: Tensor  # [b, E] their own columns, taken before the gather: their gradient need not travel
     columns: Tensor  # [C, E] of the other modality
     queue: KeyQueue | None
 
@@ -44,7 +45,6 @@ class Side(NamedTuple):
 class Both(NamedTuple):
     """What the two directions have in common."""
 
-    first: int  # column of row 0's partner
     ids: Tensor  # [b] int64 pair ids
     column_ids: Tensor | None  # [C] int64; None where `same_picture` is negative
     temperature: Tensor  # [1]
@@ -89,14 +89,13 @@ class Itc(Objective):
         image_twin, text_twin = self._twins(enc) if self.momentum else (image, text)
         image_keys, text_keys, *ids = shared or (image_twin, text_twin, batch.pair_id)
         both = Both(
-            first=enc.first if shared else 0,
             ids=batch.pair_id,
             column_ids=ids[0] if ids else None,
             temperature=enc.family.temperature(),
             share=softening(enc.step, self.config.soften, self.config.soften_warmup),
         )
-        i2t, i2t_right = self._direction(Side(image, image_twin, text_keys, self._queue(enc, "text")), both)
-        t2i, t2i_right = self._direction(Side(text, text_twin, image_keys, self._queue(enc, "image")), both)
+        i2t, i2t_right = self._direction(Side(image, image_twin, text_twin, text_keys, self._queue(enc, "text")), both)
+        t2i, t2i_right = self._direction(Side(text, text_twin, image_twin, image_keys, self._queue(enc, "image")), both)
         metrics = {
             "itc/i2t": i2t.detach(),
             "itc/t2i": t2i.detach(),
@@ -112,7 +111,7 @@ class Itc(Objective):
         target, and of the twin's softmax that mean is attention with the twin's query (equation 6).
         """
         left_out, apart = self._apart(both)
-        partner = side.columns.narrow(0, both.first, len(side.queries)).float()
+        partner = side.partners.to(side.columns.dtype).float()
         positive = (side.queries * partner).sum(dim=1) / both.temperature
         total, best = contrast.log_sum_exp(side.queries, side.columns, both.temperature, apart=apart)
         if apart is not None:  # the partner has the row's own id
