@@ -215,6 +215,17 @@ def test_a_cut_run_equals_one_in_one_go_everywhere(name: str, world: int, tmp_pa
     same_state(*(tmp_path / each / "checkpoints" / f"step_{STEPS:08d}" for each in ("whole", "cut")))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_cut_run_with_a_sharded_queue_and_dropped_layers(name: str, tmp_path: Path) -> None:
+    queue = ("objectives.itc.queue_store=sharded", "objectives.itc.queue_dtype=bf16")
+    way = ("--ds_config", f"ds_configs/{name}.json", *queue, "momentum.drop_layers=0.5", "momentum.schedule=cosine")
+    run_whole(2, tmp_path / "whole", *CUT, *way)
+    cut_twice(2, tmp_path / "cut", *way)
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+    same_state(*(tmp_path / each / "checkpoints" / f"step_{STEPS:08d}" for each in ("whole", "cut")))
+
+
 def test_a_broken_checkpoint_is_gone_back_from(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -191,7 +191,8 @@ def build_engine(run: RunConfig, setting: Setting, model: PretrainModel) -> Deep
 
 def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int) -> str:
     """The run in a few words, for the first line of the log."""
-    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    # a parameter that ZeRO 3 has parted says under `ds_numel` how large it is
+    trainable = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
     going_on = f", going on after step {start}" if start else ""
     return (
         f"{run.recipe}: {run.family_name} with {', '.join(run.objectives)}, {trainable / 1e6:.1f} M trainable "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from vlscale.optim import OptimConfig
 from vlscale.types import Batch, Moment
 
 FILES = Path(__file__).parents[2] / "ds_configs"
-OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip=1.0, eps=1e-2)  # a small eps turns rounding into moves of lr
+OPTIM = OptimConfig(weight_decay=0.1, clip=1.0, eps=1e-2)  # a small eps turns rounding into moves of lr
 TOGETHER = 8  # samples per step
 NOISE = 1e-6  # a gradient whose terms cancel (a key bias: all of them) is rounding below this
 CANCELS = 3e-5  # the temperature's gradient is a difference of sums of about 100 each
@@ -36,6 +37,7 @@ class Case(NamedTuple):
 
     model: Callable[[], PretrainModel]
     batch: Callable[[int], Batch]
+    lr: float = 2e-3
 
 
 def albef_like(**options: Any) -> PretrainModel:
@@ -96,7 +98,7 @@ CASES = {
     "albef, same pictures shared": Case(lambda: albef_like(queue_store="sharded", same_picture="positive"), pictures),
     "tcl": Case(test_lmi.tcl_model, pictures),
     "clip": Case(clip_like, pictures),
-    "siglip": Case(siglip_like, pictures),
+    "siglip": Case(siglip_like, pictures, lr=1e-4),  # its first steps are steep: they multiply rounding
     "mil_nce": Case(mil_nce_like, candidates),
     "region_nce": Case(lambda: test_region_nce.model_of(queue=88), regions),
 }
@@ -110,9 +112,9 @@ def micro_batches(case: Case, step: int, number: int) -> list[Batch]:
     return [part(whole, slice(start, start + size)) for start in first]
 
 
-def one_step(case: Case, engine: Engine, step: int, number: int) -> tuple[float, dict[str, Tensor]]:
-    """(mean loss over ranks and micro-batches, gradient of every parameter)."""
-    model, batches = engine.model, micro_batches(case, step, number)
+def one_step(case: Case, engine: Engine, step: int, number: int, look: bool) -> tuple[float, dict[str, Tensor]]:
+    """(mean loss over ranks and micro-batches, gradient of every parameter where one looks)."""
+    model, batches = engine.model, [each.to(engine.device) for each in micro_batches(case, step, number)]
     moments = [Moment(step, 5, each, number) for each in range(number)]
     counts = [model.counts(batch) for batch in batches]
     whole = distributed.sum_over_ranks({name: sum(count[name] for count in counts) for name in counts[0]})  # type: ignore[misc]
@@ -126,11 +128,17 @@ def one_step(case: Case, engine: Engine, step: int, number: int) -> tuple[float,
             made.append(engine.forward(batch, at))
             engine.backward(model.total(made[-1].losses, share), last=at.number == number - 1)
     total = sum(model.total(each.losses, share).detach().double() for each, share in zip(made, shares, strict=True))
-    found = gradients(engine)
-    engine.step(1e-2)
+    found = gradients(engine) if look else {}
+    engine.step(case.lr)
     model.commit([each.keys for each in made], step, "step")
     engine.after_step(0.9)
     return float(distributed.sum_over_ranks({"loss": total})["loss"]) / passes, found  # type: ignore[dict-item]
+
+
+def settled(model: PretrainModel) -> OptimConfig:
+    """The temperature moves little: near 0.001 it multiplies rounding by 1000."""
+    held = any("temperature" in name for name, _ in model.family.named_parameters())
+    return replace(OPTIM, scale={"temperature": 0.02} if held else {})
 
 
 def gradients(engine: Engine) -> dict[str, Tensor]:
@@ -146,9 +154,11 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def series(case: Case, engine: Engine, steps: int, number: int = 1) -> dict[str, Any]:
-    """Losses of all steps, the last step's gradients, and the weights, twin and queues after it."""
-    losses, found = zip(*(one_step(case, engine, step, number) for step in range(1, steps + 1)), strict=True)
-    return {"loss": losses, "gradients": found[-1], "state": dict(engine.weights())}
+    """Losses of all steps, gradients of the first and the last, and the weights, twin and queues after it."""
+    losses, found = zip(
+        *(one_step(case, engine, step, number, look=step in (1, steps)) for step in range(1, steps + 1)), strict=True
+    )
+    return {"loss": losses, "gradients": found[0], "last gradients": found[-1], "state": dict(engine.weights())}
 
 
 def on_a_rank(stage: str, steps: int, names: list[str], number: int = 1) -> dict[str, dict[str, Any]]:
@@ -161,26 +171,39 @@ def on_a_rank(stage: str, steps: int, names: list[str], number: int = 1) -> dict
     config = ds_config.merge(tree, path, decided, ranks)
     device = torch.device("cpu")
     cases = {name: CASES[name] for name in names}
-    return {
-        name: series(case, DeepSpeedEngine(case.model(), config, OPTIM, device), steps, number)
-        for name, case in cases.items()
-    }
+    out = {}
+    for name, case in cases.items():
+        model = case.model()
+        out[name] = series(case, DeepSpeedEngine(model, config, settled(model), device), steps, number)
+    return out
+
+
+@cache
+def expected_series(name: str, steps: int) -> dict[str, Any]:
+    case = CASES[name]
+    model = case.model()
+    return series(case, LocalEngine(model, settled(model), torch.device("cpu")), steps)
 
 
 def check(world: int, stage: str, steps: int, names: list[str], number: int = 1) -> None:
     found = run_ranks(on_a_rank, world, stage, steps, names, number, timeout=400)
     for name in names:
-        expected = series(CASES[name], LocalEngine(CASES[name].model(), OPTIM, torch.device("cpu")), steps)
+        expected = expected_series(name, steps)
         for each in found:
             assert each[name]["loss"] == pytest.approx(expected["loss"], rel=1e-6), name
-            assert each[name]["gradients"].keys() == expected["gradients"].keys()
-            for key, value in expected["gradients"].items():
-                difference = float((each[name]["gradients"][key] - value).norm())
-                slack = CANCELS if "temperature" in key else NOISE
-                assert difference <= 1e-5 * float(value.norm()) + slack, f"{name}: {key}"
-            assert each[name]["state"].keys() == expected["state"].keys()
-            for key, value in expected["state"].items():
-                torch.testing.assert_close(each[name]["state"][key], value, rtol=1e-5, atol=2e-6, msg=f"{name}: {key}")
+            for key, relative in (("gradients", 1e-5), ("last gradients", 1e-4)):  # weights have drifted by 1e-6
+                near(name, each[name][key], expected[key], relative)
+            near(name, each[name]["state"], expected["state"], 1e-4)
+
+
+def near(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if not value.is_floating_point():  # pointers, ids, steps
+            assert torch.equal(found[key], value), f"{name}: {key}"
+            continue
+        slack = CANCELS if "temperature" in key else NOISE
+        assert float((found[key] - value).norm()) <= relative * float(value.norm()) + slack, f"{name}: {key}"
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
