@@ -36,9 +36,6 @@ def batch_for(inputs: Inputs, vocab: int, size: int = 4, padding: int = 0, seed:
     lengths = torch.tensor([length - number % 4 for number in range(size)])
     hidden = torch.rand(size, length, generator=generator) < 0.3
     hidden[:, 1] = True
-    pixels = torch.randint(
-        0, 256, (size, 3, inputs.image_size, inputs.image_size), dtype=torch.uint8, generator=generator
-    )
     width = length + padding
     mask = torch.arange(width) < lengths[:, None]
     ids = torch.nn.functional.pad(ids, (0, padding)) * mask
@@ -48,9 +45,28 @@ def batch_for(inputs: Inputs, vocab: int, size: int = 4, padding: int = 0, seed:
             "clean": Text(ids, mask),
             "masked": Text(ids.masked_fill(hidden, 3), mask, ids.masked_fill(~hidden, IGNORE)),
         },
-        visual={"clean": Visual(pixels)},
+        visual=pictures_for(inputs, size, generator),
         pair_id=torch.arange(size),
+        matched=torch.arange(size) % 2 == 0 if inputs.regions else None,
     )
+
+
+def pictures_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[str, Visual]:
+    """Pixels; or regions of several numbers, some of them hidden in the view `masked`."""
+    if not inputs.regions:
+        shape = (size, 3, inputs.image_size, inputs.image_size)
+        return {"clean": Visual(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))}
+    mask = torch.arange(inputs.regions) < torch.arange(inputs.regions, inputs.regions - size, -1).clamp(min=2)[:, None]
+    feats = torch.rand(size, inputs.regions, inputs.feats, generator=generator) * mask[..., None]
+    boxes = torch.rand(size, inputs.regions, inputs.boxes, generator=generator) * mask[..., None]
+    picked = (torch.rand(size, inputs.regions, generator=generator) < 0.3) & mask
+    picked[:, 0] = True
+    probs = torch.rand(size, inputs.regions, inputs.classes, generator=generator).softmax(dim=2)
+    clean = Visual(feats, mask, boxes, classes=probs.argmax(dim=2), class_probs=probs)
+    return {
+        "clean": clean,
+        "masked": clean._replace(feats=feats.masked_fill(picked[..., None], 0.0), picked=picked, targets=feats),
+    }
 
 
 def albef_batch(size: int = 4, padding: int = 0, seed: int = 0) -> Batch:

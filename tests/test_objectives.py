@@ -174,6 +174,18 @@ def test_itm_rows() -> None:
     torch.testing.assert_close(loss.value, F.cross_entropy(torch.stack(rows), labels))
 
 
+def test_itm_with_the_loaders_negatives() -> None:
+    family = albef.build(replace(albef.tiny(), dropout=0.0))
+    objective = itm.build(itm.Config(negatives="loader"), family)
+    model, batch = PretrainModel(family, {"itm": objective}), albef_batch()
+    assert model.twin is None
+    assert "embed" not in objective.needs
+    for matched, labels in ((None, [1, 1, 1, 1]), (torch.tensor([True, False, False, True]), [1, 0, 0, 1])):
+        loss = model(replace(batch, matched=matched), Moment(1)).losses["itm"]
+        pooled = encodings(model, batch).fused("clean", "clean").pooled
+        torch.testing.assert_close(loss.value, F.cross_entropy(objective.head(pooled), torch.tensor(labels)))
+
+
 def test_itm_needs_two_samples() -> None:
     with pytest.raises(ConfigError, match="micro_batch"):
         albef_model()(albef_batch(size=1), Moment(1))

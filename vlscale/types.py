@@ -35,7 +35,8 @@ class Visual(NamedTuple):
     boxes: Tensor | None = None  # [B, R, 4..7]
     picked: Tensor | None = None  # [B, R] bool, hidden positions that an objective restores
     targets: Tensor | None = None  # [B, R, F]
-    classes: Tensor | None = None  # [B, R] int64
+    classes: Tensor | None = None  # [B, R] int64, the detector's best class
+    class_probs: Tensor | None = None  # [B, R, classes], the detector's distribution
     codes: Tensor | None = None  # [B, R] int64
 
 
@@ -103,6 +104,8 @@ class Dims:
     fused: int
     embed: int = 0
     vocab: int = 0
+    feats: int = 0  # F of a detector's region features
+    classes: int = 0  # of the detector, background counted where it has one
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ class Inputs:
     image_size: int  # pixels of the square picture; 0 = no pixels
     text_length: int  # longest text in tokens, special tokens counted
     separator: bool  # whether a text ends in [SEP]
+    regions: int = 0  # most regions of a picture; 0 = the family reads pixels
+    feats: int = 0  # F of a region's features
+    boxes: int = 0  # numbers that describe a region's place (4..7)
+    classes: int = 0  # of the detector
 
 
 class Moment(NamedTuple):

@@ -19,11 +19,12 @@ PICTURES, TEXTS = 1, 2  # salts of the two draws
 
 @dataclass(frozen=True)
 class Config:
-    """Options. Negatives are drawn in proportion to softmax(similarity / temperature)."""
+    """Options. Hard negatives are drawn in proportion to softmax(similarity / temperature)."""
 
     weight: float = 1.0
     text: str = "clean"  # view
     visual: str = "clean"  # view
+    negatives: Literal["hard", "loader"] = "hard"  # loader: some of the batch's pairs do not match (`Batch.matched`)
     keys: Literal["momentum", "online"] = "momentum"  # whose embeddings the online ones are compared with
     momentum_visual: str | None = None  # view that the twin sees; None = the same (TCL: a second augmentation)
     scope: Literal["rank", "global"] = "rank"  # drawn from this micro-batch (authors), or from the whole step's batch
@@ -32,7 +33,8 @@ class Config:
 
 
 class Itm(Objective):
-    """A true pair among three: each text with a wrong picture, each picture with a wrong text."""
+    """Hard: a true pair among three, each text with a wrong picture, each picture with a wrong text.
+    Loader: the batch's own pairs (ViLBERT, LXMERT, UNITER)."""
 
     needs = frozenset({"text", "visual", "embed", "fuse"})
 
@@ -40,8 +42,11 @@ class Itm(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
-        self.momentum = config.keys == "momentum"
-        self.whole = config.scope == "global"
+        self.hard = config.negatives == "hard"
+        if not self.hard:
+            self.needs = frozenset({"text", "visual", "fuse"})
+        self.momentum = self.hard and config.keys == "momentum"
+        self.whole = self.hard and config.scope == "global"
         self.twin_view = (config.momentum_visual or config.visual) if self.momentum else config.visual
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"})
         self.embed = family.dims.embed
@@ -54,11 +59,14 @@ class Itm(Objective):
         return image, text, batch.pair_id
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
-        """Mean cross-entropy over B matched and 2 B mismatched pairs, [] fp32.
+        """Mean cross-entropy over B matched and 2 B mismatched pairs, or over the batch's B pairs, [] fp32.
 
         Raises:
             ConfigError: there is only one sample to draw from.
         """
+        if not self.hard:
+            pairs = _pooled(enc.fused(self.config.text, self.config.visual))
+            return self._loss(pairs, _matched(batch))
         image_keys, text_keys, ids = shared or (*self._keys(enc), batch.pair_id)
         if len(ids) < 2:
             raise ConfigError(
@@ -77,8 +85,11 @@ class Itm(Objective):
         else:
             wrong_pictures, wrong_texts = _rows(visual, pictures), _rows(text, texts)
         false = _pooled(enc.family.fuse(_join(text, wrong_texts), _join(wrong_pictures, visual)))
-        logits = self.logits(torch.cat([true, false]))
-        labels = torch.arange(len(logits), device=logits.device) < len(batch)
+        return self._loss(torch.cat([true, false]), torch.arange(3 * len(batch), device=ids.device) < len(batch))
+
+    def _loss(self, pooled: Tensor, labels: Tensor) -> Loss:
+        """Of pairs [N, D] and whether they match [N] bool."""
+        logits = self.logits(pooled)
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
         return Loss(F.cross_entropy(logits, labels.long()), {"itm/accuracy": accuracy})
 
@@ -112,6 +123,8 @@ class Itm(Objective):
     def passes(self) -> dict[str, float]:
         """The shared ones, and two fusion passes for the 2 B mismatched rows."""
         text, visual = self.config.text, self.config.visual
+        if not self.hard:
+            return dict.fromkeys([f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"], 1.0)
         shared = [f"encode_text:{text}", f"encode_visual:{visual}", f"fuse:{text}:{visual}"]
         if self.momentum:
             shared += [f"momentum.encode_text:{text}", f"momentum.encode_visual:{self.twin_view}"]
@@ -119,6 +132,8 @@ class Itm(Objective):
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The head on 3 B rows; the two similarity matrices of the draw."""
+        if not self.hard:
+            return 2 * len(batch) * self.head.in_features * self.head.out_features, 0
         head = 2 * 3 * len(batch) * self.head.in_features * self.head.out_features
         columns = len(batch) * (distributed.world_size() if self.whole else 1)
         return head, 2 * 2 * len(batch) * columns * self.embed
@@ -144,6 +159,10 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     running = weights.double().cumsum(dim=1)
     places = torch.searchsorted(running, uniforms[:, None] * running[:, -1:], right=True)[:, 0]
     return places.clamp(max=weights.shape[1] - 1)
+
+
+def _matched(batch: Batch) -> Tensor:
+    return batch.matched if batch.matched is not None else torch.ones_like(batch.pair_id, dtype=torch.bool)
 
 
 def _pooled(fused: Fused) -> Tensor:
