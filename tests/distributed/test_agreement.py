@@ -55,9 +55,7 @@ def torchrun(out: Path, program: str, *arguments: str) -> subprocess.CompletedPr
 
 def test_a_rank_with_another_task_ends_the_run_with_4(tmp_path: Path) -> None:
     tasks = "tasks={all: {objectives: [itc, itm, mlm]}, words: {objectives: [mlm]}}"
-    done = torchrun(
-        tmp_path / "run", "tests/distributed/other_task.py", "--ds_config", "ds_configs/zero3.json", tasks
-    )
+    done = torchrun(tmp_path / "run", "tests/distributed/other_task.py", "--ds_config", "ds_configs/zero3.json", tasks)
     said = done.stdout + done.stderr
     assert "task is 'all' on rank 0 but 'words' on rank 1" in said, said
     assert "exitcode  : 4" in said, said
