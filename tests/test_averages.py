@@ -81,12 +81,13 @@ class Counting(LocalEngine):
 
 def test_the_loop_moves_it_once_per_applied_step() -> None:
     engine = Counting(model_of(PLAIN), OPTIM, torch.device("cpu"), accumulation=4)
-    moves = SimpleNamespace(coefficient=0.9, schedule="constant")
+    moves = SimpleNamespace(coefficient=0.9, schedule="constant", drop_layers=0.0)
     run: Any = SimpleNamespace(seed=0, steps=9, optim=OPTIM, momentum=moves)
     for step, applied in enumerate((True, False, True), start=1):
         engine.applied = applied
         before = twin(dict(engine.weights()))
-        one_step(run, engine.model, engine, step, [batch_of(PLAIN, step, part, 4) for part in range(4)])
+        batches = [batch_of(PLAIN, step, part, 4) for part in range(4)]
+        one_step(run, engine.model, engine, distributed.StepPlans(), step, batches)
         after = twin(dict(engine.weights()))
         assert all(torch.equal(before[key], after[key]) != applied for key in before)
     assert engine.moves == 2

@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from vlscale.data import views as operations
-from vlscale.data.views import Flip, MaskTokens, RandAugment, RandomResizedCrop, parse
+from vlscale.data import augment as operations
+from vlscale.data.augment import Blur, ColorJitter, Flip, Grayscale, RandAugment, RandomResizedCrop
+from vlscale.data.views import MaskTokens, parse
 from vlscale.errors import ConfigError
 from vlscale.types import IGNORE
 
@@ -231,3 +232,62 @@ def test_parse() -> None:
 def test_mistakes_in_the_options_are_named(views: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse(views)
+
+
+def picture(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+
+
+def test_color_jitter_is_pillows_arithmetic() -> None:
+    image, enhance = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageEnhance")
+    pixels = picture()
+    for name, kind in (("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")):
+        only = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, name: 0.4}
+        rng = np.random.default_rng(3)
+        draw = np.random.default_rng(3).random(5)[1 + ("brightness", "contrast", "saturation").index(name)]
+        expected = np.array(getattr(enhance, kind)(image.fromarray(pixels)).enhance(0.6 + 0.8 * draw))
+        found = ColorJitter(**only, prob=1.0)(pixels, rng)
+        assert np.abs(found.astype(int) - expected).max() <= 2, name  # greys round apart
+
+
+def test_color_jitter_draws_alike_whether_it_acts_or_not() -> None:
+    rng, other = np.random.default_rng(1), np.random.default_rng(1)
+    assert np.array_equal(ColorJitter(prob=0.0)(picture(), rng), picture())
+    assert not np.array_equal(ColorJitter(prob=1.0)(picture(), other), picture())
+    assert rng.random() == other.random()
+    acted = sum(not np.array_equal(ColorJitter()(picture(), rng), picture()) for _ in range(400)) / 400
+    assert acted == pytest.approx(0.8, abs=0.06)
+
+
+def test_hues_turn_round_the_circle() -> None:
+    red = np.zeros((2, 2, 3), dtype=np.uint8)
+    red[..., 0] = 200
+    for share, channel in ((1 / 3, 1), (-1 / 3, 2), (0.0, 0)):
+        turned = operations.turn_hue(red, share)
+        assert turned[0, 0, channel] == 200
+        assert turned[0, 0].sum() < 212
+
+
+def test_grayscale_and_blur() -> None:
+    gray = Grayscale(prob=1.0)(picture(), np.random.default_rng(0))
+    weights = np.array([0.299, 0.587, 0.114])  # ITU-R 601
+    assert np.abs(gray - (picture() @ weights)[..., None]).max() <= 1
+    assert np.array_equal(Grayscale(prob=0.0)(picture(), np.random.default_rng(0)), picture())
+    dot = np.zeros((31, 31, 3), dtype=np.uint8)
+    dot[15, 15] = 255
+    spread = Blur(sigma=(2.0, 2.0), prob=1.0)(dot, np.random.default_rng(0)).astype(float)[15, :, 0]
+    assert spread[15] == pytest.approx(255 / (2 * np.pi * 4), abs=1)
+    assert spread[17] / spread[15] == pytest.approx(np.exp(-0.5), abs=0.1)
+    assert np.array_equal(Blur(prob=0.0)(dot, np.random.default_rng(0)), dot)
+
+
+def test_a_views_operations_come_in_tcls_order() -> None:
+    views = parse({"visual.augmented": {"blur": {"sigma": [1.0, 1.0], "prob": 1.0}, "grayscale": {"prob": 1.0}}})
+    made = views.visual["augmented"](picture(), 20, np.random.default_rng(2))
+    rng = np.random.default_rng(2)
+    expected = Grayscale(prob=1.0)(cv2.resize(picture(), (20, 20), interpolation=cv2.INTER_CUBIC), rng)
+    assert made.shape == (20, 20, 3)
+    assert np.array_equal(made[..., 0], made[..., 1])
+    assert expected.shape == made.shape
+    with pytest.raises(ConfigError, match=r"views.visual.augmented.blur.sigma: should be two rising numbers"):
+        parse({"visual.augmented": {"blur": {"sigma": [2.0, 1.0]}}})
