@@ -23,12 +23,18 @@ from vlscale.types import Moment
 # What an objective may leave untouched on its own: (part of a parameter's name, why).
 EXCUSED = {
     "itc": ("fusion_stack",),  # it contrasts before the modalities meet
-    "itm": ("text_proj", "visual_proj", "temperature"),  # they only draw negatives
-    "mlm": ("text_proj", "visual_proj", "temperature"),  # it embeds nothing
+    "itm": ("text_proj", "visual_proj", "temperature", "embeddings.mask"),  # they only draw negatives
+    "mlm": ("text_proj", "visual_proj", "temperature", "pooler", "embeddings.mask"),  # it embeds nothing
     "imc": ("fusion_stack",),
     "lmi": ("fusion_stack",),
     "sigmoid": ("fusion_stack",),
     "mil_nce": ("fusion_stack", "temperature"),  # bare dot products
+    "mrfr": ("pooler",),  # the pair as one vector is not asked
+    "mrc": ("pooler",),  # the same
+    "mrc_kl": ("pooler",),  # the same
+    "region_nce": ("pooler",),  # the same
+    "wra": ("pooler", "embeddings.mask"),  # it sees no hidden region
+    "tag_contrast": ("embeddings.mask",),  # the same
 }
 
 
@@ -63,7 +69,7 @@ def built(family: ModuleType, objective: ModuleType, **changes: Any) -> tuple[An
     Skips a pair that cannot go together.
     """
     config, network = miniature(family, changes)
-    options = changed(objective.Config(), {"queue": 8, **changes})
+    options = changed(objective.Config(), {"queue": 8, "queue_start": "random", **changes})
     (kind,) = {each for each in vars(objective).values() if isinstance(each, type) and Objective in each.__bases__}
     if kind.needs - network.offers:
         pytest.skip(f"{short(objective)} needs {sorted(kind.needs - network.offers)}")

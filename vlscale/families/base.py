@@ -39,7 +39,8 @@ class Family(nn.Module):
     (its miniature) and `PUBLISHED` (renames from the authors' checkpoint names to `PretrainModel`'s).
     """
 
-    # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes
+    # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes,
+    # tied_regions (`region_projection`), single_stream (words and regions pass one stack: their states compare)
     offers: ClassVar[frozenset[str]] = frozenset()
     published: ClassVar[Renames] = Renames()  # the authors' checkpoints
     init_text: ClassVar[Renames] = Renames()  # the text tower's usual start, e.g. bert-base-uncased
@@ -53,6 +54,11 @@ class Family(nn.Module):
     @property
     def word_embedding(self) -> nn.Embedding:
         """The table [V, D] that word heads are tied to."""
+        raise NotImplementedError
+
+    @property
+    def region_projection(self) -> nn.Linear:
+        """The layer F -> D that region features enter by, which feature heads are tied to; if `tied_regions`."""
         raise NotImplementedError
 
     def encode_text(self, text: Text) -> Stream:

@@ -26,6 +26,11 @@ class FamilyLike(Protocol):
         """The table [V, D] that word heads are tied to."""
         ...
 
+    @property
+    def region_projection(self) -> nn.Linear:
+        """The layer F -> D that region features enter by; of families that offer `tied_regions`."""
+        ...
+
     def fuse(self, text: Stream | None, visual: Stream | None, causal: bool = False) -> Fused:
         """See `families.base.Family.fuse`."""
         ...
