@@ -33,6 +33,8 @@ def part(batch: Batch, rows: slice) -> Batch:
         text={view: Text(*map(cut_text, fields)) for view, fields in batch.text.items()},
         visual={view: Visual(*map(cut, fields)) for view, fields in batch.visual.items()},
         pair_id=batch.pair_id[rows],
+        matched=cut(batch.matched),
+        tags_swapped=cut(batch.tags_swapped),
     )
 
 

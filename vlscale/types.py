@@ -50,7 +50,8 @@ class Batch:
     keys: tuple[str, ...] = ()  # sample keys, in order
     task: str = "all"
     matched: Tensor | None = None  # [B] bool, None = every pair matches
-    tags_swapped: Tensor | None = None  # [B] bool
+    # [B] bool or int64: 0 = all its own, 1 = another picture's tags, 2 = another picture's words; None = all 0
+    tags_swapped: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pair_id.shape[0]
@@ -78,6 +79,7 @@ class Stream(NamedTuple):
     mask: Tensor | None  # [B, L or R] bool; None = all real
     embed: Tensor | None = None  # [B, E] fp32, unit length; only from families that offer `embed`
     codes: Tensor | None = None  # [B, R] int64; only from families that offer `codes`
+    picked: Tensor | None = None  # [B, R] bool, positions that were hidden; where the family decides, not the view
 
 
 class Fused(NamedTuple):
@@ -106,6 +108,7 @@ class Dims:
     vocab: int = 0
     feats: int = 0  # F of a detector's region features
     classes: int = 0  # of the detector, background counted where it has one
+    pooled: int = 0  # of Fused.pooled, where it differs from `fused`
 
 
 @dataclass(frozen=True)

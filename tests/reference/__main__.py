@@ -21,7 +21,10 @@ SYSTEMS = (
     "clip",
     "milnce",
     "moco",
+    "oscar",
+    "oscar_plus",
     "tcl",
+    "vilbert",
 )  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`
 
 
