@@ -24,7 +24,7 @@ from vlscale.types import Moment
 EXCUSED = {
     "itc": ("fusion_stack",),  # it contrasts before the modalities meet
     "itm": ("text_proj", "visual_proj", "temperature", "embeddings.mask"),  # they only draw negatives
-    "mlm": ("text_proj", "visual_proj", "temperature", "pooler", "embeddings.mask"),  # it embeds nothing
+    "mlm": ("text_proj", "visual_proj", "temperature", "pooler", "embeddings.mask", "mask_token"),  # it embeds nothing
     "imc": ("fusion_stack",),
     "lmi": ("fusion_stack",),
     "sigmoid": ("fusion_stack",),
@@ -34,7 +34,7 @@ EXCUSED = {
     "mrc_kl": ("pooler",),  # the same
     "region_nce": ("pooler",),  # the same
     "wra": ("pooler", "embeddings.mask"),  # it sees no hidden region
-    "tag_contrast": ("embeddings.mask",),  # the same
+    "tag_contrast": ("text_proj", "visual_proj", "temperature", "embeddings.mask", "mask_token"),  # as mlm
 }
 
 

@@ -42,7 +42,7 @@ class TagContrast(Objective):
         self.config = config
         self.weight = config.weight
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
-        self.head = nn.Linear(family.dims.fused, config.classes)  # column 0 = all its own
+        self.head = nn.Linear(family.dims.pooled or family.dims.fused, config.classes)  # column 0 = all its own
         self.head.apply(init_normal)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
