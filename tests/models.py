@@ -55,7 +55,8 @@ def pictures_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[
     """Pixels; or regions of several numbers, some of them hidden in the view `masked`."""
     if not inputs.regions:
         shape = (size, 3, inputs.image_size, inputs.image_size)
-        return {"clean": Visual(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))}
+        clean = Visual(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+        return {"clean": clean, "masked": clean}  # what is hidden of pixels is the family's to draw
     mask = torch.arange(inputs.regions) < torch.arange(inputs.regions, inputs.regions - size, -1).clamp(min=2)[:, None]
     feats = torch.rand(size, inputs.regions, inputs.feats, generator=generator) * mask[..., None]
     boxes = torch.rand(size, inputs.regions, inputs.boxes, generator=generator) * mask[..., None]

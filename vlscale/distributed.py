@@ -135,6 +135,12 @@ class _Gather(torch.autograd.Function):
         return tuple(out)
 
 
+def sum_(tensor: Tensor) -> None:
+    """Overwrite `tensor` with its sum over ranks, in place and without gradient; the same bits on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def sum_scatter(tensor: Tensor) -> Tensor:
     """[W * b, ...] -> [b, ...]: this rank's rows (in rank order) of the sum over ranks, without gradient."""
     if world_size() == 1:

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from vlscale import distributed
 from vlscale.errors import ConfigError
+from vlscale.nn import moving
 from vlscale.nn.queue import DTYPES, KeyQueue, QueueOptions
-from vlscale.types import Batch, Fused, Keys, Loss, Moment, Pass, Stream, lengthened
+from vlscale.types import Batch, Fused, Keys, Loss, Moment, Pass, Stream, Visual, lengthened
 
 if TYPE_CHECKING:
     from vlscale.families.base import Family
     from vlscale.objectives.base import Objective
 
 T = TypeVar("T")
+CELL, KEPT = 3, 4  # salts of the draws of what is hidden in a picture
 Shared = Mapping[str, tuple[Tensor, ...]]  # by objective: what the whole step's batch gave in `share`
 
 
@@ -64,7 +66,7 @@ class Encodings:
 
     def visual(self, view: str) -> Stream:
         """Pictures alone, [B, R, D]."""
-        return self._once(("visual", view), lambda: self.family.encode_visual(self._batch.visual[view]))
+        return self._once(("visual", view), lambda: self.family.encode_visual(self._pictures(view)))
 
     def fused(self, text_view: str, visual_view: str, causal: bool = False) -> Fused:
         """Both together."""
@@ -98,6 +100,13 @@ class Encodings:
     def queue(self, name: str) -> KeyQueue:
         """One of the model's key queues."""
         return self._queues[name]
+
+    def _pictures(self, view: str) -> Visual:
+        """A view; what to hide of `masked` pictures a family with codes picks, where the data did not."""
+        visual = self._batch.visual[view]
+        if view != "masked" or visual.picked is not None or "codes" not in self.family.offers:
+            return visual
+        return visual._replace(picked=self.family.pick(visual, self.uniforms(CELL), self.uniforms(KEPT)))
 
     def _everyone(self, kind: str, view: str) -> Stream:
         """The stream of all micro-batches of this rank: here there is one."""
@@ -220,11 +229,15 @@ class PretrainModel(nn.Module):
     def commit(self, made: Sequence[Mapping[str, Keys]], step: int, when: Literal["step", "micro_batch"]) -> None:
         """Let new keys into the queues, in global order; what is not yet everywhere travels in ONE all-gather.
 
+        Once a step the family's running figures move too (`nn.moving`).
+
         Args:
             made: `Pass.keys` of the micro-batches of this rank that enter together, of the same task.
             step: the optimizer step being made.
             when: only queues whose `queue_push` says so take their keys now.
         """
+        if when == "step":
+            moving.move(self.family)
         names = [name for name in made[0] if self.key_queues()[name].options.queue_push == when]
         dtypes = {name: DTYPES[self.key_queues()[name].options.queue_dtype] for name in names}
         local = [name for name in names if not made[0][name].whole]

@@ -23,7 +23,9 @@ SYSTEMS = (
     "moco",
     "oscar",
     "oscar_plus",
+    "soho",
     "tcl",
+    "uniter",
     "vilbert",
 )  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`
 

@@ -61,6 +61,18 @@ class Family(nn.Module):
         """The layer F -> D that region features enter by, which feature heads are tied to; if `tied_regions`."""
         raise NotImplementedError
 
+    @property
+    def code_table(self) -> Tensor:
+        """[K, D] what `Stream.codes` number; of families that offer `codes`."""
+        raise NotImplementedError
+
+    def pick(self, visual: Visual, cell: Tensor, kept: Tensor) -> Tensor:
+        """What to hide of pictures whose view does not say, [B, R] bool; of families that offer `codes`.
+
+        `cell` and `kept` are uniform draws [B] in [0, 1), the same however the step's batch is cut.
+        """
+        raise NotImplementedError
+
     def encode_text(self, text: Text) -> Stream:
         """Text alone, up to where the modalities first meet. hidden [B, L, D], embed [B, E] if offered."""
         raise NotImplementedError

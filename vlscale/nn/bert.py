@@ -65,3 +65,11 @@ class WordHead(nn.Module):
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
         """hidden [..., D], word_embedding [V, D] -> logits [..., V]."""
         return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embedding, self.bias)
+
+
+class TiedHead(nn.Module):
+    """A masked-word head that is the tied word embedding alone (SOHO)."""
+
+    def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
+        """hidden [..., D], word_embedding [V, D] -> logits [..., V]."""
+        return F.linear(hidden, word_embedding)

@@ -31,6 +31,11 @@ class FamilyLike(Protocol):
         """The layer F -> D that region features enter by; of families that offer `tied_regions`."""
         ...
 
+    @property
+    def code_table(self) -> Tensor:
+        """[K, D] what `Stream.codes` number; of families that offer `codes`."""
+        ...
+
     def fuse(self, text: Stream | None, visual: Stream | None, causal: bool = False) -> Fused:
         """See `families.base.Family.fuse`."""
         ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlscale.nn.bert import WordHead
+from vlscale.nn.bert import TiedHead, WordHead
 from vlscale.nn.momentum import softening
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
 from vlscale.types import IGNORE, Batch, Loss
@@ -27,6 +27,7 @@ class Config:
     soften: float = 0.4  # share of the twin's distribution in the targets (configs/Pretrain.yaml: alpha)
     soften_warmup: int = 0  # steps from 0 to that share; the authors take one epoch
     scope: Literal["global", "rank"] = "global"  # one mean over the step's tokens, or one per rank (authors)
+    head: Literal["bert", "tied"] = "bert"  # tied: the word embedding alone, without a parameter (SOHO)
     legacy_token_axis: bool = False  # distil over tokens, not words: the authors' code before March 2022
 
 
@@ -34,7 +35,8 @@ class Mlm(Objective):
     """Restore hidden words from the other words and the picture."""
 
     needs = frozenset({"text", "visual", "fuse"})
-    head_twin: WordHead | None
+    head: WordHead | TiedHead
+    head_twin: WordHead | TiedHead | None
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class Mlm(Objective):
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         if self.momentum:
             self.views |= {f"visual.{self.twin_view}"}
-        self.head = WordHead(family.dims.fused, family.dims.vocab)
+        self.head = WordHead(family.dims.fused, family.dims.vocab) if config.head == "bert" else TiedHead()
+        self.width, self.vocab = family.dims.fused, family.dims.vocab
         self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.momentum else None
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
@@ -95,8 +98,8 @@ class Mlm(Objective):
         """The head on labelled tokens, and the twin's."""
         labels = batch.text[self.config.text].labels
         assert labels is not None, "the masked view carries labels"
-        width = self.head.dense.in_features
-        each = 2 * width * (width + len(self.head.bias))
+        dense = self.width if self.config.head == "bert" else 0
+        each = 2 * self.width * (dense + self.vocab)
         picked = int((labels != IGNORE).sum()) * each
         return picked + (labels.numel() * each if self.config.legacy_token_axis else 0), (
             picked if self.momentum else 0
