@@ -20,19 +20,32 @@ from vlscale.model import PretrainModel
 from vlscale.objectives.base import Objective
 from vlscale.types import Moment
 
+# Of two streams (ViLBERT), what changes only one of them after their last exchange.
+TEXT_ALONE = ("text_coattention_stack.blocks.1", "text_fusion_stack.blocks.2")
+VISUAL_ALONE = ("visual_coattention_stack.blocks.1", "visual_fusion_stack.blocks.1")
+
 # What an objective may leave untouched on its own: (part of a parameter's name, why).
 EXCUSED = {
     "itc": ("fusion_stack",),  # it contrasts before the modalities meet
     "itm": ("text_proj", "visual_proj", "temperature", "embeddings.mask"),  # they only draw negatives
-    "mlm": ("text_proj", "visual_proj", "temperature", "pooler", "embeddings.mask", "mask_token"),  # it embeds nothing
+    "mlm": (
+        "text_proj",
+        "visual_proj",
+        "temperature",
+        "pooler",
+        "embeddings.mask",
+        "mask_token",
+        *VISUAL_ALONE,
+    ),  # it embeds nothing
     "imc": ("fusion_stack",),
     "lmi": ("fusion_stack",),
     "sigmoid": ("fusion_stack",),
     "mil_nce": ("fusion_stack", "temperature"),  # bare dot products
-    "mrfr": ("pooler",),  # the pair as one vector is not asked
-    "mrc": ("pooler",),  # the same
-    "mrc_kl": ("pooler",),  # the same
-    "region_nce": ("pooler",),  # the same
+    "mrfr": ("pooler", *TEXT_ALONE),  # the pair as one vector is not asked
+    "mrc": ("pooler", *TEXT_ALONE),  # the same
+    "mrc_kl": ("pooler", *TEXT_ALONE),  # the same
+    "mrm_nce": ("pooler", *TEXT_ALONE),  # the same
+    "region_nce": ("pooler", *TEXT_ALONE),  # the same
     "wra": ("pooler", "embeddings.mask"),  # it sees no hidden region
     "tag_contrast": ("text_proj", "visual_proj", "temperature", "embeddings.mask", "mask_token"),  # as mlm
 }

@@ -50,7 +50,7 @@ class Itm(Objective):
         self.twin_view = (config.momentum_visual or config.visual) if self.momentum else config.visual
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"})
         self.embed = family.dims.embed
-        self.head = nn.Linear(family.dims.fused, 2)  # column 1 = match
+        self.head = nn.Linear(family.dims.pooled or family.dims.fused, 2)  # column 1 = match
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
         """Image keys, text keys [b, E] and pair ids; the draws alone look at them, without gradient."""
