@@ -27,6 +27,7 @@ SYSTEMS = (
     "tcl",
     "uniter",
     "vilbert",
+    "vlp",
 )  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`
 
 

@@ -125,14 +125,16 @@ def _never() -> tuple[float, float, float, bool]:
 
 
 def judge(folder: Folder, system: str, computed: Mapping[str, Mapping[str, Value]]) -> Report:
-    """Compare what we computed, {outputs file: {name: tensor}}, with every tensor of every outputs file.
+    """Compare what we computed, {file: {name: tensor}}, with every tensor of those files and of every outputs file.
 
     A tensor that we have no value for is reported, and fails the report unless an `Absent` says why.
     """
     compared: list[Row] = []
     left: list[dict[str, str]] = []
     missing = False
-    for file in sorted(folder.path.rglob("*outputs*.safetensors")):
+    named = (folder.path / name for name in computed)  # what a runner makes besides, e.g. `optimizer.safetensors`
+    files = {*folder.path.rglob("*outputs*.safetensors"), *(file for file in named if file.is_file())}
+    for file in sorted(files):
         place = file.relative_to(folder.path)  # `outputs.safetensors`, or `v1/outputs.safetensors` of a variant
         ours = computed.get(place.as_posix(), {})
         for name, theirs in sorted(load_file(file).items()):
