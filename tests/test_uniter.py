@@ -15,14 +15,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.reference.__main__ import main
 from tests.reference.compare import shared_folder
+from vlscale import distributed, ds_config
+from vlscale.engine import DeepSpeedEngine, LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import uniter
-from vlscale.model import PretrainModel
-from vlscale.objectives import itm, mlm, mrc_kl, mrfr
-from vlscale.types import Batch, Fused
+from vlscale.model import PretrainModel, Task
+from vlscale.objectives import itm, mlm, mrc, mrc_kl, mrfr, wra
+from vlscale.optim import OptimConfig
+from vlscale.types import Batch, Fused, Moment
 from vlscale.weights import fill
 
 
@@ -255,6 +259,54 @@ def test_a_bert_starts_all_but_the_regions() -> None:
     bert["cls.seq_relationship.weight"] = torch.ones(2, 16)
     done = fill(model_of(), bert, uniter.INIT_TEXT)
     assert {name.split(".")[1] for name in done.left} == {"region_embeddings", "mrfr", "mrc_kl", "itm"}
+
+
+STEPS = ("mrfr", "mlm", "itm", "mrckl", "mrc", "mrfr")  # one task per step, as the authors train
+
+
+def task_model() -> PretrainModel:
+    family = family_of()
+    objectives = {
+        "mlm": mlm.build(mlm.Config(soften=0.0), family),
+        "mrfr": mrfr.build(mrfr.Config(decoder="tied"), family),
+        "mrc": mrc.build(mrc.Config(), family),
+        "mrc_kl": mrc_kl.build(mrc_kl.Config(reduction="elements"), family),
+        "itm": itm.build(itm.Config(negatives="loader"), family),
+        "wra": wra.build(wra.Config(weight=0.1), family),
+    }
+    tasks = {name: Task((name,)) for name in ("mlm", "mrfr", "mrc")}
+    return PretrainModel(family, objectives, {**tasks, "mrckl": Task(("mrc_kl",)), "itm": Task(("itm", "wra"))})
+
+
+def task_series(zero3: bool) -> dict[str, list[float]]:
+    """Losses and gradient norms of some steps, then the norms of the family's weights, by their names' order."""
+    optim = OptimConfig(weight_decay=0.1, clip=5.0)
+    if zero3:
+        path = str(Path(__file__).parent.parent / "ds_configs" / "zero3.json")
+        tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
+        del tree["bf16"]
+        tree.pop("data_types", None)
+        config = ds_config.merge(tree, path, ds_config.Decided("test", 4, 4, optim.clip), 1)
+        engine: Any = DeepSpeedEngine(task_model(), config, optim, distributed.init())
+    else:
+        engine = LocalEngine(task_model(), optim, torch.device("cpu"))
+    losses, norms = [], []
+    for step, task in enumerate(STEPS, start=1):
+        batch = replace(batch_of(seed=step), task=task).to(engine.device)
+        loss = engine.model.total(engine.forward(batch, Moment(step)).losses, {})
+        engine.backward(loss, last=True)
+        losses.append(float(loss.detach()))
+        norms.append(engine.step(1e-2).grad_norm)
+    weights = sorted((name, float(weight.float().norm())) for name, weight in engine.weights())
+    return {"losses": losses, "norms": norms, "weights": [norm for name, norm in weights if "key.bias" not in name]}
+
+
+def test_one_task_per_step_under_zero_3_equals_plain_pytorch() -> None:
+    """The feature head reads a matrix that lies in the family; most parameters rest in most steps."""
+    expected = task_series(zero3=False)
+    (found,) = run_ranks(task_series, 1, True)
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
 
 
 @pytest.fixture
