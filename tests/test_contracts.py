@@ -48,6 +48,7 @@ EXCUSED = {
     "region_nce": ("pooler", *TEXT_ALONE),  # the same
     "wra": ("pooler", "embeddings.mask"),  # it sees no hidden region
     "tag_contrast": ("text_proj", "visual_proj", "temperature", "embeddings.mask", "mask_token"),  # as mlm
+    "seq2seq": ("pooler",),  # only words are asked
 }
 
 

@@ -109,6 +109,7 @@ class Dims:
     feats: int = 0  # F of a detector's region features
     classes: int = 0  # of the detector, background counted where it has one
     pooled: int = 0  # of Fused.pooled, where it differs from `fused`
+    norm_eps: float = 1e-12  # of a word head's LayerNorm
 
 
 @dataclass(frozen=True)

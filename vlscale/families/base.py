@@ -40,7 +40,8 @@ class Family(nn.Module):
     """
 
     # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes,
-    # tied_regions (`region_projection`), single_stream (words and regions pass one stack: their states compare)
+    # tied_regions (`region_projection`), single_stream (words and regions pass one stack: their states compare),
+    # causal (`fuse` can read a text from left to right, and no state of it has seen what comes later)
     offers: ClassVar[frozenset[str]] = frozenset()
     published: ClassVar[Renames] = Renames()  # the authors' checkpoints
     init_text: ClassVar[Renames] = Renames()  # the text tower's usual start, e.g. bert-base-uncased

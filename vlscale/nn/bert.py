@@ -55,10 +55,10 @@ def bert_layers(
 class WordHead(nn.Module):
     """BERT's masked-word head: dense, GELU, LayerNorm, then the tied word embedding and a bias of its own."""
 
-    def __init__(self, width: int, vocab: int) -> None:
+    def __init__(self, width: int, vocab: int, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps)
         self.bias = nn.Parameter(torch.zeros(vocab))
         self.apply(init_normal)
 

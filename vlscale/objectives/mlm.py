@@ -47,7 +47,9 @@ class Mlm(Objective):
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         if self.momentum:
             self.views |= {f"visual.{self.twin_view}"}
-        self.head = WordHead(family.dims.fused, family.dims.vocab) if config.head == "bert" else TiedHead()
+        self.head = TiedHead()
+        if config.head == "bert":
+            self.head = WordHead(family.dims.fused, family.dims.vocab, family.dims.norm_eps)
         self.width, self.vocab = family.dims.fused, family.dims.vocab
         self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.momentum else None
 
