@@ -48,6 +48,7 @@ def batch_for(inputs: Inputs, vocab: int, size: int = 4, padding: int = 0, seed:
         visual=pictures_for(inputs, size, generator),
         pair_id=torch.arange(size),
         matched=torch.arange(size) % 2 == 0 if inputs.regions else None,
+        answers=torch.where(torch.arange(size) % 4 == 1, IGNORE, torch.arange(size) % 3),
     )
 
 
@@ -64,6 +65,9 @@ def pictures_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[
     picked[:, 0] = True
     probs = torch.rand(size, inputs.regions, inputs.classes, generator=generator).softmax(dim=2)
     clean = Visual(feats, mask, boxes, classes=probs.argmax(dim=2), class_probs=probs)
+    clean = clean._replace(
+        class_confidence=probs.amax(dim=2), attributes=probs.argmin(dim=2), attribute_confidence=probs[..., 0]
+    )
     return {
         "clean": clean,
         "masked": clean._replace(feats=feats.masked_fill(picked[..., None], 0.0), picked=picked, targets=feats),

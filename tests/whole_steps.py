@@ -35,6 +35,7 @@ def part(batch: Batch, rows: slice) -> Batch:
         pair_id=batch.pair_id[rows],
         matched=cut(batch.matched),
         tags_swapped=cut(batch.tags_swapped),
+        answers=cut(batch.answers),
     )
 
 

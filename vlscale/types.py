@@ -38,6 +38,9 @@ class Visual(NamedTuple):
     classes: Tensor | None = None  # [B, R] int64, the detector's best class
     class_probs: Tensor | None = None  # [B, R, classes], the detector's distribution
     codes: Tensor | None = None  # [B, R] int64
+    class_confidence: Tensor | None = None  # [B, R], how sure the detector is of `classes`
+    attributes: Tensor | None = None  # [B, R] int64, the detector's best attribute
+    attribute_confidence: Tensor | None = None  # [B, R]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Batch:
     matched: Tensor | None = None  # [B] bool, None = every pair matches
     # [B] bool or int64: 0 = all its own, 1 = another picture's tags, 2 = another picture's words; None = all 0
     tags_swapped: Tensor | None = None
+    answers: Tensor | None = None  # [B] int64, the answer where the text is a question, else IGNORE; None = no question
 
     def __len__(self) -> int:
         return self.pair_id.shape[0]
@@ -69,6 +73,7 @@ class Batch:
             pair_id=move(self.pair_id),
             matched=move(self.matched),
             tags_swapped=move(self.tags_swapped),
+            answers=move(self.answers),
         )
 
 
