@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
-from tests.whole_steps import check_whole
+from tests.whole_steps import check_whole, over_ranks, part
+from vlscale import distributed, ds_config
+from vlscale.engine import DeepSpeedEngine, LocalEngine
 from vlscale.errors import ConfigError
 from vlscale.families import clip, vlp
 from vlscale.model import Encodings, PretrainModel
 from vlscale.objectives import mlm, seq2seq
+from vlscale.optim import OptimConfig
 from vlscale.types import IGNORE, Batch, Moment
 
 
@@ -205,3 +210,44 @@ def half_both_ways() -> PretrainModel:
 @pytest.mark.parametrize(("world", "number"), [(1, 4), (2, 1), (2, 2)])
 def test_a_step_in_parts_equals_one_batch(world: int, number: int) -> None:
     check_whole(half_both_ways, batch(size=8), world, number)
+
+
+def series(zero3: bool) -> dict[str, list[float]]:
+    """Losses and gradient norms of some steps with four samples, then the norms of the family's weights."""
+    optim, ranks = OptimConfig(clip=5.0), distributed.world_size()
+    if zero3:
+        path = str(Path(__file__).parent.parent / "ds_configs" / "zero3.json")
+        tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
+        del tree["bf16"]
+        tree.pop("data_types", None)
+        config = ds_config.merge(tree, path, ds_config.Decided("test", 4, 4 // ranks, optim.clip), ranks)
+        engine: Any = DeepSpeedEngine(half_both_ways(), config, optim, distributed.init())
+    else:
+        engine = LocalEngine(half_both_ways(), optim, torch.device("cpu"))
+    losses, norms, both = [], [], []
+    for step in range(1, 6):
+        size = 4 // ranks
+        own = part(batch(), slice(distributed.rank() * size, (distributed.rank() + 1) * size)).to(engine.device)
+        counts = engine.model.counts(own)
+        whole = distributed.sum_over_ranks(counts)
+        shares = {name: (count * ranks / whole[name]).float() for name, count in counts.items()}
+        at = Moment(step, 7)
+        loss = engine.model.total(engine.forward(own, at).losses, shares)
+        engine.backward(loss, last=True)
+        losses.append(float(over_ranks(loss)))
+        norms.append(engine.step(1e-2).grad_norm)
+        objective = engine.model.objectives["seq2seq"]
+        both.append(int(objective.whole_text(Encodings(engine.model.family, own, at, {})).sum()))
+    weights = sorted((name, float(weight.float().norm())) for name, weight in engine.weights())
+    kept = [norm for name, norm in weights if "key.bias" not in name]  # whose gradient is 0 but for rounding
+    return {"losses": losses, "norms": norms, "weights": kept, "both": both}
+
+
+def test_ranks_under_zero_3_equal_plain_pytorch() -> None:
+    """Ranks meet as often, also where one of them has no sample to read in one of the two ways."""
+    expected, found = series(zero3=False), run_ranks(series, 2, True)
+    assert any({0, 2} & {each["both"][step] for each in found} for step in range(5)), "no such rank was drawn"
+    assert [sum(both) for both in zip(*(each["both"] for each in found), strict=True)] == expected["both"]
+    for each in found:
+        for key in ("losses", "norms", "weights"):
+            assert each[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key

@@ -25,7 +25,7 @@ from vlscale.weights import fill, find
 
 Tensors = dict[str, Tensor]
 LEFT_TO_RIGHT = 3  # in task_idx
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of dropped samples; the folder stores one of them
+RATIOS = [number / 20 for number in range(1, 20)]  # of dropped samples; the folder stores one of them
 DECODED = 5  # tokens, by the folder's README
 TOY_RATE, TOY_DECAY, TOY_STEPS, TOY_WARMUP = 0.01, 0.01, 20, 0.1  # by the folder's README
 WATCHED = {r"joined": "embeddings", r"stack\.blocks\.(\d+)": r"hidden_layer\1", r"pooler": "pooled"}
@@ -133,7 +133,8 @@ def _step(folder: Folder, inputs: Tensors) -> Tensors:
     }
     for ratio in RATIOS:
         runner.objective.config = replace(runner.objective.config, drop_worst=ratio)
-        found[f"drop_worst_{ratio}/loss_mlm"] = runner.forward()[0].value
+        with torch.no_grad():
+            found[f"drop_worst_{ratio}/loss_mlm"] = runner.forward()[0].value
     return found
 
 

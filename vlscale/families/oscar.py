@@ -28,7 +28,7 @@ class Config:
     vocab: int = 30522
     max_positions: int = 512
     segments: int = 2  # 0 = words, 1 = tags
-    dropout: float = 0.1  # hidden and attention; MODEL_ZOO.md: --drop_out 0.1
+    dropout: float = 0.1  # hidden (the authors' command: --drop_out 0.1) and attention (bert-base-uncased)
     text_length: int = 35  # run_oscarplus_pretrain.py: max_seq_length; words, tags, [CLS] and two [SEP]
     regions: int = 50  # run_oscarplus_pretrain.py: max_img_seq_length
     feats: int = 2048  # paper, section 3

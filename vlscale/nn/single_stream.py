@@ -17,7 +17,7 @@ def real(stream: Stream) -> Tensor:
 
 
 def left_to_right(mask: Tensor, words: Tensor) -> Tensor:
-    """What `attention.attend` takes where a text is read beside a picture (Zhou et al. 2020, VLP, section 3.2).
+    """What `attention.attend` takes where a text is read beside a picture (VLP, Zhou et al. 2020, released code).
 
     Every position sees the picture; a word also sees itself and the words before it; no region sees a word, nor
     does padding.

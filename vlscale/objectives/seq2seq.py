@@ -1,4 +1,4 @@
-"""Masked words from the picture and the words before them (VLP, Zhou et al. 2020, arXiv 1909.11059, section 3.2)."""
+"""Masked words from the picture and the words before them (VLP, Zhou et al. 2020, arXiv 1909.11059)."""
 
 from __future__ import annotations
 

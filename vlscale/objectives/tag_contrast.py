@@ -1,5 +1,5 @@
-"""Whether words, object tags and regions belong together (OSCAR, Li et al. 2020, equation 4; OSCAR+, Zhang et al.
-2021, VinVL, equation 3)."""
+"""Whether words, object tags and regions belong together (OSCAR, Li et al. 2020, arXiv 2004.06165; OSCAR+, Zhang et
+al. 2021, VinVL, arXiv 2101.00529)."""
 
 from __future__ import annotations
 
