@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vlscale.errors import ConfigError
 from vlscale.families.base import Family, Rename, Renames
 from vlscale.nn.attention import attention_mask
-from vlscale.nn.bert import BertEmbeddings, bert_layers, init_normal
+from vlscale.nn.bert import INIT_STD, BertEmbeddings, bert_layers
 from vlscale.nn.cnn import BLOCKS, STRIDE, BatchNorm, Convolution, ResNet
 from vlscale.nn.dictionary import Dictionary, same_code
 from vlscale.nn.single_stream import left_to_right, real
@@ -176,12 +176,12 @@ class MaskToken(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.vector = nn.Embedding(1, width)
-        self.apply(init_normal)
+        self.vector = nn.Parameter(torch.zeros(1, width))
+        nn.init.normal_(self.vector, std=INIT_STD)
 
     def forward(self, cells: Tensor, hidden: Tensor) -> Tensor:
         """[B, R, D], [B, R] bool -> [B, R, D]."""
-        return torch.where(hidden[..., None], self.vector.weight, cells)
+        return torch.where(hidden[..., None], self.vector, cells)
 
 
 def sine_positions(mask: Tensor, width: int) -> Tensor:
@@ -307,7 +307,7 @@ PUBLISHED = Renames(
         Rename(r"neck\.gate_fc\.conv\.weight", ("family.gate.convolution.weight",), optional=True),
         Rename(r"neck\.gate_fc\.bn\.(\w+)", (r"family.gate.norm.\1",), optional=True),
         Rename(r"neck\.ln\.(\w+)", (r"family.visual_norm.\1",)),
-        Rename(r"neck\.mask_emb\.weight", ("family.mask_token.vector.weight",)),
+        Rename(r"neck\.mask_emb\.weight", ("family.mask_token.vector",)),
         Rename(r"neck\.pos_line\.(\w+)", (r"family.value_map.\1",)),
         *(Rename(rf"neck\.vq\.{theirs}", (f"family.dictionary.{ours}",)) for theirs, ours in _FIGURES),
         *_bert(r"language\.bert\.", every_layer=True),

@@ -63,13 +63,14 @@ class BatchNorm(Moving):
         """[B, C, H, W] -> [B, C, H, W]."""
         weight, bias = self.weight.float(), self.bias.float()
         if not (self.training and self.live):
-            return F.batch_norm(hidden, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            given = (self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+            return _in_order(F.batch_norm(hidden, *given))
         if self.over_ranks and distributed.world_size() > 1:
             return self._over_ranks(hidden, weight, bias)
         mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         out = F.batch_norm(hidden, mean, variance, weight, bias, True, 1.0, self.eps)  # writes them, unbiased
         self.note(torch.cat([mean, variance, torch.ones_like(mean[:1])]))
-        return out
+        return _in_order(out)
 
     def moved(self, sums: Tensor) -> dict[str, Tensor]:
         """The running statistics, a tenth of the way to the step's."""
@@ -208,6 +209,17 @@ class ResNet(nn.Module):
                 if isinstance(block.shortcut, nn.Sequential):
                     assert before == size or size == (_half(before[0]), _half(before[1]))
                     yield block.shortcut[0], size[0] * size[1]  # type: ignore[misc]
+
+
+def _in_order(out: Tensor) -> Tensor:
+    """The same, and its gradient arrives in memory order.
+
+    torch 2.13 on a CPU: the backward pass of batch_norm reads the gradient of a single picture wrongly where its
+    channels lie last, as they do behind `flatten(2).transpose(1, 2)`.
+    """
+    if out.requires_grad and len(out) == 1:
+        out.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _half(length: int) -> int:
