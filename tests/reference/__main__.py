@@ -18,13 +18,17 @@ from vlscale.errors import ConfigError, VlscaleError, did_you_mean
 
 SYSTEMS = (
     "albef",
+    "albef_retrieval",
     "clip",
+    "cvlp",
+    "lxmert",
     "milnce",
     "moco",
     "oscar",
     "oscar_plus",
     "soho",
     "tcl",
+    "tcl_retrieval",
     "uniter",
     "vilbert",
     "vlp",

@@ -187,6 +187,10 @@ def _turn(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.T
 
 
+def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor.flatten()
+
+
 def _first_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor[: shape[0]]
 
@@ -294,8 +298,8 @@ PUBLISHED = Renames(
     (
         *_vit(r"visual_encoder\.", "family.image_encoder.", False),
         *_vit(r"visual_encoder_m\.", "twin.image_encoder.", True),
-        *_bert(r"text_encoder\.bert\.", "family.", True, False),
-        *_bert(r"text_encoder_m\.bert\.", "twin.", True, True),
+        *_bert(r"text_encoder\.(?:bert\.)?", "family.", True, False),  # fine-tuned for retrieval: without `bert.`
+        *_bert(r"text_encoder_m\.(?:bert\.)?", "twin.", True, True),
         *_word_head(r"text_encoder\.cls\.predictions\.", "objectives.mlm.head."),
         *_word_head(r"text_encoder_m\.cls\.predictions\.", "objectives.mlm.head_twin."),
         Rename(r"vision_proj\.(\w+)", (r"family.visual_proj.\1",)),
@@ -306,11 +310,8 @@ PUBLISHED = Renames(
         Rename("temp", ("family.temperature.value", "twin.temperature.value"), change=_to_one),
         _queue("image"),
         _queue("text"),
-        Rename(
-            "queue_ptr",
-            ("queues.image.pointer", "queues.text.pointer"),
-            optional=True,
-        ),
+        Rename("queue_ptr", ("queues.image.pointer", "queues.text.pointer"), optional=True),
+        Rename("idx_queue", ("queues.image.ids", "queues.text.ids"), _flat, optional=True),  # retrieval
     )
 )
 
