@@ -54,7 +54,7 @@ EXCUSED = {
     ),  # as mlm
     "masked_object": ("pooler", *TEXT_ALONE),  # as mrc
     "answer": ("text_proj", "visual_proj", "temperature", VISUAL_LAST),  # it embeds nothing
-    "seq2seq": ("pooler",),  # only words are asked
+    "seq2seq": ("pooler", "mask_token"),  # only words are asked, beside all of the picture
 }
 
 # What no objective reaches: [CLS]'s place and the only segment are padding to LXMERT's tables.

@@ -62,7 +62,7 @@ class Soho(Family):
         ConfigError: sizes that do not divide, an unknown depth, or a picture without a cell.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "codes"})
+    offers = frozenset({"text", "visual", "fuse", "causal", "codes"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()
