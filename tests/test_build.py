@@ -92,3 +92,12 @@ def test_a_model_is_a_function_of_the_seed() -> None:
 
     assert norms(1) == norms(1)
     assert norms(1) != norms(2)
+
+
+def test_a_family_of_regions_has_nothing_to_read_yet() -> None:
+    tree = config.dump(config.load("quickstart", SMALL))
+    tree |= {"family": {"name": "uniter"}, "objectives": {"mlm": {"soften": 0.0}}}
+    tree.pop("recipe")
+    request = build.Request(config.from_tree("mine", tree), "ds_configs/zero2.json", None)
+    with pytest.raises(ConfigError, match="family 'uniter' reads regions of a detector, and shards with regions are"):
+        build.setup(request)

@@ -91,6 +91,11 @@ def setup(request: Request) -> Setting:
     begin = _find_begin(request, warnings)
     if begin is not None:
         checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
+    if run.family.inputs.regions:
+        raise ConfigError(
+            f"family '{run.family_name}' reads regions of a detector, and shards with regions are not read yet; "
+            f"choose a family that reads pixels (albef, clip, soho)"
+        )
     _threads()
     train, val = open_shards(run)
     device = distributed.init()
