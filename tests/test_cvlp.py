@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from tests.models import batch_for
 from tests.reference import cvlp as reference
 from tests.reference.compare import Folder, judge, shared_folder
+from tests.test_lxmert import published
 from tests.whole_steps import check_whole
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
@@ -158,28 +159,33 @@ def stored() -> Folder:
     return Folder.open(shared / "reference" / "cvlp")
 
 
-def test_both_networks_are_filled(stored: Folder) -> None:
-    tensors = stored.tensors("weights.safetensors")
-    family = cvlp.build(reference.family_config(stored.config, boxes=4))
-    views: dict[str, Any] = {"text": "masked", "visual": "masked"}
-    heads = {
-        "mlm": mlm.build(mlm.Config(soften=0.0, **views), family),
-        "itm": itm.build(itm.Config(negatives="loader", **views), family),
-    }
-    alone = PretrainModel(family, heads)
-    done = weights.fill(alone, tensors, cvlp.PUBLISHED)
-    assert done.left == ()
-    assert all(name.startswith("key.") or name.endswith("decoder.weight") for name in done.unused)
-    both = PretrainModel(family, {**heads, "region_nce": region_nce.build(region_nce.Config(queue=8), family)})
-    changed: dict[str, Tensor] = {
-        name: value + 1.0 if name.startswith("key.") else value for name, value in tensors.items()
-    }
-    weights.fill(both, changed, cvlp.PUBLISHED)
+def test_both_networks_are_filled() -> None:
+    source, both = model_of(), model_of()
+    assert isinstance(source.family, cvlp.Cvlp)
+    network = {name.removeprefix("bert."): value for name, value in published(source.family).items()}
+    tensors = {f"query.bert.{name}": value for name, value in network.items()}
+    tensors |= {f"key.bert.{name}": value + 1.0 for name, value in network.items()}
+    for parameter in both.parameters():
+        nn.init.zeros_(parameter)
+    done = weights.fill(both, tensors, cvlp.PUBLISHED)
+    assert done.unused == ()
+    torch.testing.assert_close(both.family.state_dict(), source.family.state_dict())
     for online, twin in both.momentum_pairs():
         torch.testing.assert_close(twin, online + 1.0)
-    del changed["key.bert.encoder.x_layers.0.lang_inter.dense.bias"]
+    alone = PretrainModel(both.family, {"mlm": both.objectives["mlm"]})  # type: ignore[dict-item,arg-type]
+    done = weights.fill(alone, tensors, cvlp.PUBLISHED)
+    assert all(name.startswith("key.") for name in done.unused)
+    del tensors["key.bert.encoder.x_layers.0.lang_inter.dense.bias"]
     with pytest.raises(CheckpointError, match="does not fill"):
-        weights.fill(both, changed, cvlp.PUBLISHED)
+        weights.fill(both, tensors, cvlp.PUBLISHED)
+
+
+def test_the_heads_are_filled(stored: Folder) -> None:
+    tensors = stored.tensors("weights.safetensors")
+    runner = reference.Runner(stored)
+    assert weights.fill(runner.model, tensors, cvlp.PUBLISHED).unused == ("query.cls.predictions.decoder.weight",)
+    assert torch.equal(runner.words.head.dense.weight, tensors["query.cls.predictions.transform.dense.weight"])
+    assert torch.equal(runner.pairs.head.weight, tensors["query.cls.seq_relationship.weight"])
 
 
 def test_agrees_with_an_independent_implementation(stored: Folder) -> None:

@@ -21,6 +21,7 @@ from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import lxmert
 from vlscale.model import PretrainModel
+from vlscale.nn.lxmert import TwoStreams
 from vlscale.objectives import answer, itm, masked_object, mlm
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Batch, Fused, Moment, Stream
@@ -65,9 +66,9 @@ def test_published_size() -> None:
     assert sum(parameter.numel() for parameter in family.parameters()) == want
 
 
-def published(family: lxmert.Lxmert) -> State:
+def published(family: TwoStreams) -> State:
     """The network's weights under the authors' names, written down on their own."""
-    config, names = family.config, {}
+    config, names = family.sizes, {}
     for ours, theirs in {
         "text_embeddings.word.weight": "embeddings.word_embeddings.weight",
         "text_embeddings.position.weight": "embeddings.position_embeddings.weight",
@@ -237,6 +238,14 @@ def test_dropout_everywhere_the_authors_have_it() -> None:
     numbers = [module.p for module in family.modules() if isinstance(module, nn.Dropout)]
     blocks = len(family.text_stack.blocks) + len(family.visual_stack.blocks) + 3 * len(family.cross_stack.blocks)
     assert numbers == [0.1] * (2 + blocks)
+    embeddings, block = family.region_embeddings.train(), family.cross_stack.blocks["0"].train()
+    embeddings.dropout.p = block.dropout.p = 1.0  # type: ignore[union-attr,assignment]
+    assert not embeddings(torch.rand(2, 3, 10), torch.rand(2, 3, 4)).any()
+    met: list[Tensor] = []
+    block.cross_norm.register_forward_pre_hook(lambda _module, given: met.append(given[0]))  # type: ignore[operator,union-attr]
+    hidden = torch.rand(2, 5, 16)
+    block(hidden, torch.ones(2, 1, 1, 2, dtype=torch.bool))
+    assert torch.equal(met[0], hidden)  # nothing of the other stream came through
 
 
 def test_bf16_takes_fp32_regions() -> None:
