@@ -109,7 +109,7 @@ def test_a_run_is_frozen() -> None:
         ("optim.wamup=3", "optim.wamup is not an option; did you mean 'warmup'?"),
         ("family.hiden=3", "family.hiden is not an option; did you mean 'hidden'?"),
         ("objectives.mlm.wieght=2", "objectives.mlm.wieght is not an option; did you mean 'weight'?"),
-        ("objectives.mml.weight=2", "no objective 'mml'; did you mean 'mlm'?"),
+        ("objectives.mln.weight=2", "no objective 'mln'; did you mean 'mlm'?"),
         ("tasks.words.shrae=2", "tasks.words.shrae is not an option; did you mean 'share'?"),
         ("family.name=albeff", "no family 'albeff'; did you mean 'albef'?"),
         ("family.name=[albef]", "no family '['albef']'"),
