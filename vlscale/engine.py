@@ -12,7 +12,6 @@ import io
 import logging
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,7 +360,5 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.13 says so at every call
-        warnings.filterwarnings("ignore", rf"`torch.distributed.{name}` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with a C++ compiler at start-up
     return deepspeed

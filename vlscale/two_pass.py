@@ -240,6 +240,7 @@ def _join(streams: Sequence[Stream]) -> Stream:
             hidden=lengthened(stream.hidden, length),
             mask=None if stream.mask is None else lengthened(stream.mask, length),
             codes=None if stream.codes is None else lengthened(stream.codes, length),
+            picked=None if stream.picked is None else lengthened(stream.picked, length),
         )
         for stream in streams
     ]

@@ -152,3 +152,9 @@ class Objective(nn.Module):
         """Multiply-add FLOPs of one forward pass of the objective's own products on this micro-batch:
         (with gradient, without). Reads `batch`, so hand it over before it moves to a device."""
         return 0, 0
+
+
+def embed_of(stream: Stream) -> Tensor:
+    """The unit-length embedding [B, E] of a stream, which a family that offers `embed` has made."""
+    assert stream.embed is not None, "a family that offers `embed` fills Stream.embed"
+    return stream.embed

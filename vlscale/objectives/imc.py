@@ -14,8 +14,8 @@ from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.nn import contrast
 from vlscale.nn.queue import QueueOptions
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
-from vlscale.types import Batch, Keys, Loss, Stream
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
+from vlscale.types import Batch, Keys, Loss
 
 SIDES = {"both": ("image", "text"), "visual": ("image",), "text": ("text",)}
 TERMS = {"image": "i2i", "text": "t2t"}
@@ -157,16 +157,11 @@ class Imc(Objective):
         return each * (of_batch + self.config.queue), 0
 
     def _queries(self, enc: EncodingsLike, side: str) -> Tensor:
-        return _embed(enc.visual(self.config.visual) if side == "image" else enc.text(self.config.text))
+        return embed_of(enc.visual(self.config.visual) if side == "image" else enc.text(self.config.text))
 
     def _keys(self, enc: EncodingsLike, side: str) -> Tensor:
         twin = enc.momentum
-        return _embed(twin.visual(self.twin_view) if side == "image" else twin.text(self.config.text))
-
-
-def _embed(stream: Stream) -> Tensor:
-    assert stream.embed is not None, "a family that offers `embed` fills Stream.embed"
-    return stream.embed
+        return embed_of(twin.visual(self.twin_view) if side == "image" else twin.text(self.config.text))
 
 
 def _check(config: Config) -> None:

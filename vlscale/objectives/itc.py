@@ -14,7 +14,7 @@ from vlscale.errors import ConfigError
 from vlscale.nn import contrast
 from vlscale.nn.momentum import softening
 from vlscale.nn.queue import KeyQueue, QueueOptions
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Keys, Loss
 
 
@@ -182,16 +182,10 @@ class Itc(Objective):
         return both, 2 * both if self.config.soften > 0 else 0
 
     def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
-        image, text = enc.visual(self.config.visual).embed, enc.text(self.config.text).embed
-        assert image is not None, "a family that offers `embed` fills Stream.embed"
-        assert text is not None, "a family that offers `embed` fills Stream.embed"
-        return image, text
+        return embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
 
     def _twins(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
-        image, text = enc.momentum.visual(self.twin_view).embed, enc.momentum.text(self.config.text).embed
-        assert image is not None, "a family that offers `embed` fills Stream.embed"
-        assert text is not None, "a family that offers `embed` fills Stream.embed"
-        return image, text
+        return embed_of(enc.momentum.visual(self.twin_view)), embed_of(enc.momentum.text(self.config.text))
 
     def _queue(self, enc: EncodingsLike, name: str) -> KeyQueue | None:
         return enc.queue(name) if self.config.queue > 0 else None

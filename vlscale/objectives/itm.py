@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vlscale import distributed
 from vlscale.errors import ConfigError
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Fused, Loss, Stream, lengthened
 
 PICTURES, TEXTS = 1, 2  # salts of the two draws
@@ -102,7 +102,7 @@ class Itm(Objective):
         self, enc: EncodingsLike, own: Tensor, image_keys: Tensor, text_keys: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """How likely each column is drawn: [B, C] pictures for each text, [B, C] texts for each picture."""
-        image, text = _embed(enc.visual(self.config.visual)), _embed(enc.text(self.config.text))
+        image, text = embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
         temperature = enc.family.temperature()
         allowed = self._allowed(enc.first if self.whole else 0, own, ids)
         t2i = (text @ image_keys.float().T / temperature).softmax(dim=1) + self.config.epsilon
@@ -141,7 +141,7 @@ class Itm(Objective):
     def _keys(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
         source = enc.momentum if self.momentum else enc
         image, text = source.visual(self.twin_view), source.text(self.config.text)
-        return _embed(image), _embed(text)
+        return embed_of(image), embed_of(text)
 
     def _allowed(self, first: int, own: Tensor, ids: Tensor) -> Tensor:
         """[B, C] bool: everything but the partner, and but other captions of its picture where there is a choice."""
@@ -168,11 +168,6 @@ def _matched(batch: Batch) -> Tensor:
 def _pooled(fused: Fused) -> Tensor:
     assert fused.pooled is not None, "a family that offers `fuse` fills Fused.pooled"
     return fused.pooled
-
-
-def _embed(stream: Stream) -> Tensor:
-    assert stream.embed is not None, "a family that offers `embed` fills Stream.embed"
-    return stream.embed
 
 
 def _rows(stream: Stream, index: Tensor) -> Stream:

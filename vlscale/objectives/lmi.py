@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.nn import contrast
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Loss, lengthened
 
 CELLS = 16  # of a picture where the grid is not known: 4 x 4, the authors' at 256 pixels
@@ -113,10 +113,7 @@ class Lmi(Objective):
         return cells, _unit(twin.family.text_proj(text.hidden[:, 1:])), text.mask[:, 1:]
 
     def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
-        image, text = enc.visual(self.config.visual).embed, enc.text(self.config.text).embed
-        assert image is not None, "a family that offers `embed` fills Stream.embed"
-        assert text is not None, "a family that offers `embed` fills Stream.embed"
-        return image, text
+        return embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
 
 
 def _terms(queries: Tensor, everyone: Tensor, real: Tensor | None, own: slice, temperature: Tensor) -> Tensor:

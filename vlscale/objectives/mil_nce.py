@@ -11,7 +11,7 @@ from torch import Tensor
 from vlscale import distributed
 from vlscale.errors import DataError
 from vlscale.nn import contrast
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Loss
 
 
@@ -78,9 +78,7 @@ class MilNce(Objective):
 
     def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
         """Clips [b, E] and captions [b, K, E]."""
-        clips, captions = enc.visual(self.config.visual).embed, enc.text(self.config.text).embed
-        assert clips is not None, "a family that offers `embed` fills Stream.embed"
-        assert captions is not None, "a family that offers `embed` fills Stream.embed"
+        clips, captions = embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
         if len(captions) % len(clips):
             raise DataError(
                 f"objectives.mil_nce reads {len(captions)} captions (view '{self.config.text}') for {len(clips)} "

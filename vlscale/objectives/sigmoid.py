@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from vlscale import distributed
 from vlscale.nn import contrast
-from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
+from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Loss
 
 
@@ -84,10 +84,7 @@ class Sigmoid(Objective):
         return 2 * len(batch) * columns * self.embed, 0
 
     def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
-        image, text = enc.visual(self.config.visual).embed, enc.text(self.config.text).embed
-        assert image is not None, "a family that offers `embed` fills Stream.embed"
-        assert text is not None, "a family that offers `embed` fills Stream.embed"
-        return image, text
+        return embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
 
 
 def ring_pairs(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
