@@ -8,7 +8,8 @@ import pytest
 
 from vlscale.data import augment as operations
 from vlscale.data.augment import Blur, ColorJitter, Flip, Grayscale, RandAugment, RandomResizedCrop
-from vlscale.data.views import MaskTokens, parse
+from vlscale.data.masking import MaskTokens
+from vlscale.data.views import parse
 from vlscale.errors import ConfigError
 from vlscale.types import IGNORE
 
