@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -47,6 +47,39 @@ class RandomResizedCrop:
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True)
+class KeepRatio:
+    """The whole picture in its own shape: the shorter side `short` pixels, the longer at most `long` (SOHO).
+
+    Small pictures are enlarged. The factor, the rounding to whole pixels and the bilinear filter are mmcv's, which the
+    authors take. `multiple` and `mask` say how a batch of such pictures is padded: see `pictures.pad_pictures`.
+    """
+
+    short: int = 600  # configs/Pretrain/soho_res18_pre.py: img_scale
+    long: int = 1000
+    multiple: int = 32  # size_divisor
+    mask: Literal["picture", "authors"] = "picture"
+
+    def __post_init__(self) -> None:
+        require(self.short >= 1, "short", "a whole number from 1")
+        require(self.long >= self.short, "long", f"at least short ({self.short})")
+        require(self.multiple >= 32 and self.multiple % 32 == 0, "multiple", "a multiple of 32, the trunk's stride")
+        require(self.mask in ("picture", "authors"), "mask", "'picture' or 'authors'")
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        """uint8 [h, w, 3]."""
+        height, width = self.size(*pixels.shape[:2])
+        if pixels.shape[:2] == (height, width):
+            return pixels
+        scaled: Pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+        return scaled
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that a picture of these sides gets, each at least one pixel."""
+        factor = min(self.long / max(height, width), self.short / min(height, width))
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 @dataclass(frozen=True)
