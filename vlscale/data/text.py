@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,25 @@ from vlscale.errors import ConfigError, did_you_mean
 from vlscale.types import Inputs
 
 Ids = NDArray[np.int64]  # [L] token ids
+Flags = NDArray[np.bool_]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_LETTERS = 1000  # distinct characters of a vocabulary; rarer ones become [UNK]
+# English words of grammar rather than of meaning. Words that say where a thing is (behind, under) are left out, for
+# they name what a picture shows.
+_FUNCTION_WORDS = """
+a an the this that these those some any each every either neither both all no none such other another
+i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
+herself it its itself they them their theirs themselves who whom whose which what someone something anyone anything
+everyone everything nobody nothing
+of in on at by for with from to into onto upon about during before after despite except since until till via per as
+than like and or but nor so yet if then else because although though while whereas whether when where why how
+be is am are was were been being do does did done doing have has had having can could may might must shall should
+will would not there here just very too also only even again still more most much less least
+s t d ll m re ve isn aren wasn weren don doesn didn hasn haven hadn won wouldn couldn shouldn
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+_UNUSED = re.compile(r"\[unused\d+\]")
 _CLEAN_UP = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
 
 
@@ -97,7 +115,36 @@ class Tokenizer:
         self.length = inputs.text_length
         self.separator = inputs.separator
         self.vocab_size = len(tokens)
-        self.pad, self.unk, self.cls, self.sep, self.mask = (tokens[name] for name in SPECIAL_TOKENS)
+        self.pad, self.unk = tokens["[PAD]"], tokens["[UNK]"]
+        self.cls: int | None = tokens["[CLS]"]
+        self.sep: int | None = tokens["[SEP]"]
+        self.mask: int | None = tokens["[MASK]"]
+
+    @cached_property
+    def continues(self) -> Flags:
+        """[V] pieces that go on with the word before them."""
+        return np.array([token.startswith("##") for token in self._tokens()])
+
+    @cached_property
+    def function_words(self) -> Flags:
+        """[V] words of `FUNCTION_WORDS`, tokens without a letter or digit, and special tokens."""
+        special = set(SPECIAL_TOKENS)
+        return np.array(
+            [
+                token in special or token.lower() in FUNCTION_WORDS or not any(letter.isalnum() for letter in token)
+                for token in self._tokens()
+            ]
+        )
+
+    @cached_property
+    def ordinary(self) -> Ids:
+        """[W] the ids that stand for text: neither special nor `[unused7]`."""
+        special = set(SPECIAL_TOKENS)
+        kept = [i for i, token in enumerate(self._tokens()) if token not in special and not _UNUSED.fullmatch(token)]
+        return np.array(kept, dtype=np.int64)
+
+    def _tokens(self) -> list[str]:
+        return [self.token(i) for i in range(self.vocab_size)]
 
     def encode(self, caption: str) -> Ids:
         """int64 [L <= length]: [CLS], as many tokens as fit, and [SEP] where the family wants it."""
