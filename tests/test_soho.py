@@ -205,8 +205,11 @@ def test_causal_text_sees_cells_and_no_later_word() -> None:
     torch.testing.assert_close(before.visual, after.visual)
 
 
-def test_forward_flops_equal_torchs_counter() -> None:
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (96, 220)])
+def test_forward_flops_equal_torchs_counter(height: int, width: int) -> None:
     model, batch = model_of(), batch_of()
+    feats = torch.zeros(len(batch), 3, height, width, dtype=torch.uint8)
+    batch = replace(batch, visual={view: Visual(feats) for view in batch.visual})
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch, Moment(2))
     assert step_flops(model, batch).forward == pytest.approx(counter.get_total_flops(), rel=0.01)

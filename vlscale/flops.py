@@ -98,9 +98,13 @@ def step_flops(model: PretrainModel, batch: Batch, mode: str = "none") -> Flops:
 
 def _pass(model: PretrainModel, batch: Batch, name: str) -> int:
     """FLOPs of one pass over the micro-batch; text is as long as its view's padding, and may have several rows
-    per sample (candidate captions)."""
+    per sample (candidate captions). All views of the pictures are of one size."""
     verb, *views = name.removeprefix("momentum.").split(":")
     known = [view for view in views if view in batch.text]
     ids = batch.text[known[0] if known else next(iter(batch.text))].ids if batch.text else None
     rows = len(ids) if ids is not None and verb == "encode_text" else len(batch)
-    return rows * model.family.flops(0 if ids is None else ids.shape[1])[verb]
+    length = 0 if ids is None else ids.shape[1]
+    feats = next(iter(batch.visual.values())).feats if batch.visual else None
+    if feats is not None and feats.ndim == 4:  # [B, 3, H, W]
+        return rows * model.family.flops_of(length, *feats.shape[2:])[verb]
+    return rows * model.family.flops(length)[verb]

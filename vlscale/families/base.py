@@ -98,3 +98,7 @@ class Family(nn.Module):
         padded text length L.
         """
         raise NotImplementedError
+
+    def flops_of(self, text_tokens: int, height: int, width: int) -> dict[str, int]:
+        """`flops` with pictures of height x width pixels; differs only where a family reads any size."""
+        return self.flops(text_tokens)

@@ -27,7 +27,8 @@ WAVELENGTH = 10000.0  # of the sine positions; SOHO/models/necks/necks.py, as DE
 class Config:
     """Sizes; the defaults are the paper's main model. Released small model: depth 18, layers 3, mask_prob 0.015."""
 
-    image_size: int = 640  # the data plane's pictures are square; authors: shorter side 600, longer at most 1000
+    # side of square pictures, for views without `keep_ratio` (authors: shorter side 600, longer at most 1000)
+    image_size: int = 640
     depth: int = 101  # of the ResNet; paper, section 4.2
     stem: int = 64  # He et al. 2016
     base: int = 64
@@ -140,14 +141,18 @@ class Soho(Family):
         return Fused(text=hidden[:, :length], visual=hidden[:, length:], pooled=hidden[:, 0])
 
     def flops(self, text_tokens: int) -> dict[str, int]:
-        """See `Family.flops`."""
+        """See `Family.flops`; of pictures as large as `config.image_size` says."""
+        return self.flops_of(text_tokens, self.config.image_size, self.config.image_size)
+
+    def flops_of(self, text_tokens: int, height: int, width: int) -> dict[str, int]:
+        """See `Family.flops_of`."""
         c = self.config
-        cells = _cells(c.image_size) ** 2
+        cells = _cells(height) * _cells(width)
         tokens = text_tokens + cells
         products = 4 * c.hidden**2 + 2 * c.hidden * c.intermediate  # query, key, value, output; the two of the MLP
         layer = 2 * tokens * products + 2 * 2 * tokens**2 * c.hidden
         neck = self.trunk.width + c.codes + c.hidden + (2 * 2 if c.gate else 0)  # convolution, distances, map, gate
-        trunk = self.trunk.flops(c.image_size, c.image_size)
+        trunk = self.trunk.flops(height, width)
         return {
             "encode_text": 0,
             "encode_visual": trunk + 2 * cells * c.hidden * neck,
