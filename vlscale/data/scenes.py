@@ -1,197 +1,34 @@
-"""The embedded data set: drawn scenes whose captions tell what is where. Made in seconds, always the same.
+"""The embedded data set: drawn scenes as shards. Made in seconds, always the same.
 
-A scene is two groups of shapes on a light ground ("three green triangles above a small yellow star"). The
-picture, its caption and its boxes all follow from one `Scene`. No caption fits two scenes, and training and
-validation share none.
+Each sample has a picture and a json with its caption, the names and boxes of its things, and questions; those for
+families that read regions also have what a detector would tell.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import struct
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-from numpy.random import Generator
 
 from vlscale.data.decode import Pixels
+from vlscale.data.scene_drawing import scenes
+from vlscale.data.scene_questions import questions
+from vlscale.data.scene_regions import detect, npz
 from vlscale.data.shards import cache_folder
 from vlscale.errors import ConfigError
 
-SIDE = 64  # pixels of the square picture
-NUM_TRAIN = 16_384
-NUM_VAL = 512
 PER_SHARD = 4_096
-FOLDER = "scenes-1"  # the number rises when the pictures or captions change
-
-Outline = tuple[tuple[float, float], ...]  # corners (x, y) in the unit square
-
-_STAR: Outline = tuple(
-    (0.5 + r * math.sin(turn * math.pi / 5), 0.54 - r * math.cos(turn * math.pi / 5))
-    for turn, r in enumerate((0.54, 0.22) * 5)
-)
-_ARM, _HAND = 0.33, 0.67  # a cross is 1/3 wide
-_CROSS: Outline = (
-    (_ARM, 0), (_HAND, 0), (_HAND, _ARM), (1, _ARM), (1, _HAND), (_HAND, _HAND),
-    (_HAND, 1), (_ARM, 1), (_ARM, _HAND), (0, _HAND), (0, _ARM), (_ARM, _ARM),
-)  # fmt: skip
-SHAPES: tuple[tuple[str, Outline], ...] = (
-    ("circle", ()),
-    ("square", ((0, 0), (1, 0), (1, 1), (0, 1))),
-    ("triangle", ((0.5, 0), (1, 1), (0, 1))),
-    ("star", _STAR),
-    ("cross", _CROSS),
-)
-COLOURS = (
-    ("red", (215, 35, 35)),
-    ("green", (40, 160, 60)),
-    ("blue", (45, 75, 215)),
-    ("yellow", (240, 200, 20)),
-    ("purple", (145, 50, 170)),
-    ("orange", (245, 130, 25)),
-    ("black", (25, 25, 25)),
-)
-SIZES = (("small", 6), ("large", 12))  # name, half the extent in pixels; several of a kind are small
-COUNTS = ("no", "one", "two", "three")
-RELATIONS = (("left of", "right of"), ("above", "below"))  # each with its reverse
-
-
-@dataclass(frozen=True, order=True)
-class Group:
-    """One to three equal shapes; `shape`, `colour` and `size` number the tables above."""
-
-    shape: int
-    colour: int
-    size: int
-    count: int
-
-    @property
-    def name(self) -> str:
-        """Colour and shape: `red circle`."""
-        return f"{COLOURS[self.colour][0]} {SHAPES[self.shape][0]}"
-
-    @property
-    def phrase(self) -> str:
-        """`a small red circle`, `three red circles`, `two red crosses`."""
-        if self.count == 1:
-            return f"a {SIZES[self.size][0]} {self.name}"
-        return f"{COUNTS[self.count]} {self.name}{'es' if self.name.endswith('s') else 's'}"
-
-
-class Thing(NamedTuple):
-    """One drawn shape."""
-
-    group: Group
-    box: tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
-    shade: tuple[int, int, int]  # RGB
-
-
-@dataclass(frozen=True)
-class Scene:
-    """`first` stands before `second` along `axis` (0: left to right, 1: top to bottom)."""
-
-    first: Group
-    second: Group
-    axis: int
-    things: tuple[Thing, ...]
-    ground: tuple[int, int, int]  # RGB
-    reverse: bool  # whether the caption starts from the second group
-
-    @property
-    def caption(self) -> str:
-        """Both groups and how they stand to each other."""
-        forward, backward = RELATIONS[self.axis]
-        if self.reverse:
-            return f"{self.second.phrase} {backward} {self.first.phrase}"
-        return f"{self.first.phrase} {forward} {self.second.phrase}"
-
-    def record(self) -> dict[str, object]:
-        """What the json of a sample holds."""
-        objects = [{"name": thing.group.name, "box": list(thing.box)} for thing in self.things]
-        return {"caption": self.caption, "objects": objects, "width": SIDE, "height": SIDE}
-
-    def draw(self) -> Pixels:
-        """The picture, uint8 RGB [64, 64, 3]."""
-        pixels = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
-        pixels[:] = self.ground
-        for thing in self.things:
-            _draw(pixels, thing)
-        return pixels
-
-
-def _draw(pixels: Pixels, thing: Thing) -> None:
-    x1, y1, x2, y2 = thing.box
-    name, outline = SHAPES[thing.group.shape]
-    if name == "circle":
-        cv2.circle(pixels, ((x1 + x2) // 2, (y1 + y2) // 2), (x2 - x1) // 2, thing.shade, -1, cv2.LINE_AA)
-        return
-    corners = [(16 * (x1 + x * (x2 - x1)), 16 * (y1 + y * (y2 - y1))) for x, y in outline]
-    cv2.fillPoly(pixels, [np.rint(corners).astype(np.int32)], thing.shade, cv2.LINE_AA, shift=4)
-
-
-def _groups() -> list[Group]:
-    """Every group there is: one of any size, or two or three small ones."""
-    kinds = [(shape, colour) for shape in range(len(SHAPES)) for colour in range(len(COLOURS))]
-    sizes = [(size, 1) for size in range(len(SIZES))] + [(0, 2), (0, 3)]
-    return [Group(shape, colour, size, count) for shape, colour in kinds for size, count in sizes]
-
-
-def descriptions() -> list[tuple[Group, Group, int]]:
-    """Every (first, second, axis) with two groups that differ in shape or colour; 38,080 of them.
-
-    Exactly one of them holds for a picture, and each caption tells one of them.
-    """
-    groups = _groups()
-    return [
-        (first, second, axis)
-        for first in groups
-        for second in groups
-        if (first.shape, first.colour) != (second.shape, second.colour)
-        for axis in range(len(RELATIONS))
-    ]
-
-
-def compose(first: Group, second: Group, axis: int, rng: Generator) -> Scene:
-    """A scene of this description, with drawn places, shades, ground and direction of the caption."""
-    things = (*_place(first, 0, axis, rng), *_place(second, 1, axis, rng))
-    red, green, blue, reverse = rng.integers([225, 225, 225, 0], [256, 256, 256, 2]).tolist()
-    return Scene(first, second, axis, things, (red, green, blue), bool(reverse))
-
-
-def _place(group: Group, place: int, axis: int, rng: Generator) -> Iterator[Thing]:
-    """The shapes of a group in its half of the picture, in a row across the axis."""
-    half = SIZES[group.size][1]
-    slack = SIDE // 4 - half - 1  # room to either side within a half
-    draws = rng.integers([-slack, -5, *[-15] * 3], [slack + 1, 6, *[16] * 3]).tolist()
-    along = SIDE // 4 + place * SIDE // 2 + draws[0]
-    colour = COLOURS[group.colour][1]
-    red, green, blue = (min(255, max(0, c + draw)) for c, draw in zip(colour, draws[2:], strict=True))
-    for n in range(group.count):
-        across = SIDE // 2 + draws[1] + round((n - (group.count - 1) / 2) * 17)
-        x, y = (along, across) if axis == 0 else (across, along)
-        yield Thing(group, (x - half, y - half, x + half, y + half), (red, green, blue))
-
-
-def scenes(train: bool) -> Iterator[Scene]:
-    """The scenes of one split, always the same: 16,384 for training, 512 for validation, all unlike."""
-    everything = descriptions()
-    order = np.random.Generator(np.random.PCG64(20)).permutation(len(everything))
-    chosen = order[NUM_VAL : NUM_VAL + NUM_TRAIN] if train else order[:NUM_VAL]
-    rng = np.random.Generator(np.random.PCG64([20, train]))
-    for number in chosen.tolist():
-        first, second, axis = everything[number]
-        yield compose(first, second, axis, rng)
+FOLDER = "scenes-2"  # the number rises when anything in the samples changes
 
 
 class Embedded(NamedTuple):
@@ -201,16 +38,17 @@ class Embedded(NamedTuple):
     val: list[Path]
 
 
-def ensure(cache: Path | None = None) -> Embedded:
+def ensure(cache: Path | None = None, regions: bool = False) -> Embedded:
     """The shards in `cache` (default `cache_folder()`), drawn on first use, by several processes if need be.
 
-    ConfigError if the folder cannot be written.
+    With `regions`, other shards of the same samples, which have a `regions.npz` too. ConfigError if the folder
+    cannot be written.
     """
     root = (cache or cache_folder()).expanduser()
-    folder = root / FOLDER
+    folder = root / (f"{FOLDER}-regions" if regions else FOLDER)
     if not folder.is_dir():
         try:
-            _make(root, folder)
+            _make(root, folder, regions)
         except OSError as error:
             raise ConfigError(
                 f"the embedded data set cannot be written to {root} ({error.strerror}); "
@@ -219,13 +57,13 @@ def ensure(cache: Path | None = None) -> Embedded:
     return Embedded(sorted(folder.glob("train-*.tar")), sorted(folder.glob("val-*.tar")))
 
 
-def _make(root: Path, folder: Path) -> None:
+def _make(root: Path, folder: Path, regions: bool) -> None:
     """Write beside, then rename; where another process was faster, its folder stays."""
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
     try:
-        _write(scenes(train=False), scratch, "val")
-        _write(scenes(train=True), scratch, "train")
+        _write(samples(False, regions), scratch, "val")
+        _write(samples(True, regions), scratch, "train")
         scratch.chmod(0o755)
         try:
             scratch.rename(folder)
@@ -236,13 +74,23 @@ def _make(root: Path, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write(drawn: Iterable[Scene], folder: Path, split: str) -> None:
+def samples(train: bool, regions: bool) -> Iterator[dict[str, bytes]]:
+    """The fields of every sample of a split. Each kind of field has draws of its own and leaves the others' alone."""
+    asking, detecting = (np.random.Generator(np.random.PCG64([seed, train])) for seed in (21, 22))
+    for scene in scenes(train):
+        pixels = scene.draw()
+        record = {**scene.record(), "qa": questions(scene, asking)}
+        fields = {"png": _png(pixels), "json": json.dumps(record).encode()}
+        yield {**fields, "regions.npz": npz(detect(scene, pixels, detecting))} if regions else fields
+
+
+def _write(drawn: Iterable[dict[str, bytes]], folder: Path, split: str) -> None:
     numbered = enumerate(drawn)
     for shard, chunk in groupby(numbered, lambda pair: pair[0] // PER_SHARD):
         with tarfile.open(folder / f"{split}-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, scene in chunk:
-                _add(tar, f"{split}_{number:06d}.png", _png(scene.draw()))
-                _add(tar, f"{split}_{number:06d}.json", json.dumps(scene.record()).encode())
+            for number, sample in chunk:
+                for field, data in sample.items():
+                    _add(tar, f"{split}_{number:06d}.{field}", data)
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
