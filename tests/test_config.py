@@ -146,7 +146,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(override: str, says: str) 
         ("logging.sample_keys=perhaps", "logging.sample_keys: should be a valid boolean"),
         ("optim.lr=fast", "optim.lr: should be a valid number"),
         ("optim.betas=[0.9]", "optim.betas"),
-        ("optim.schedule=steps", "optim.schedule: should be 'constant', 'linear' or 'cosine' (got 'steps')"),
+        ("optim.schedule=steps", "optim.schedule: should be 'constant', 'linear', 'cosine' or 'step' (got 'steps')"),
         ("optim.scale=3", "optim.scale"),
         ("optim=3", "optim should hold 'key: value' pairs (got 3)"),
         ("family=albef", "family should hold 'key: value' pairs (got 'albef')"),

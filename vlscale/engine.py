@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vlscale import averages, distributed, ds_config, optim
+from vlscale import averages, distributed, ds_config, optim, optimizers
 from vlscale.averages import Averages
 from vlscale.errors import ConfigError
 from vlscale.model import PretrainModel
@@ -107,9 +107,9 @@ class _Engine:
 class DeepSpeedEngine(_Engine):
     """DeepSpeed around a `PretrainModel`.
 
-    `config` is a complete DeepSpeed configuration (`ds_config.merge`); the optimizer is torch's AdamW over
-    `optim.groups`, so DeepSpeed keeps no policy of its own. No op is compiled: collectives are gloo or NCCL,
-    the optimizer is torch's fused one.
+    `config` is a complete DeepSpeed configuration (`ds_config.merge`); the optimizer is that of
+    `optimizers.build`, so DeepSpeed keeps no policy of its own. No op is compiled: collectives are gloo or NCCL,
+    the optimizer is made of torch's own.
     """
 
     def __init__(
@@ -128,11 +128,13 @@ class DeepSpeedEngine(_Engine):
         self._accumulation = int(config["gradient_accumulation_steps"])
         self._offload = bool(config.get("zero_optimization", {}).get("offload_optimizer"))
         model.to(device)
+        optimizer = optimizers.build(model.named_parameters(), optim_config)
+        _refuse_two_devices(optimizer, config)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints its memory
             try:
                 self._ds, self._optimizer, _, _ = deepspeed.initialize(
                     model=model,
-                    optimizer=_adamw(model, optim_config),
+                    optimizer=optimizer,
                     config=dict(config),
                     dist_init_required=False,
                 )
@@ -293,7 +295,7 @@ class LocalEngine(_Engine):
         self.dtype = torch.float32
         self._clip = optim_config.clip
         self._accumulation = accumulation
-        self._optimizer = _adamw(model, optim_config)
+        self._optimizer = optimizers.build(model.named_parameters(), optim_config)
         pairs = self._followed()
         self._averages = averages.whole(pairs, [online.data for online, _ in pairs])
 
@@ -342,9 +344,15 @@ def _queues_file(folder: Path) -> Path:
     return folder / f"queues_{distributed.rank():05d}.pt"
 
 
-def _adamw(model: PretrainModel, config: optim.OptimConfig) -> torch.optim.AdamW:
-    groups: Any = [{**group, "lr": 0.0} for group in optim.groups(model.named_parameters(), config)]
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)  # `step` sets the rate
+def _refuse_two_devices(optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError: DeepSpeed would step a part of the model on the GPU, and there with an AdamW of its own."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    ratio = offload.get("ratio", 1.0)
+    if ratio < 1 and isinstance(optimizer, optimizers.ByGroup):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer.ratio is {ratio} in the ds_config, and what it leaves on the GPU "
+            f'DeepSpeed moves by its own AdamW; write "ratio": 1.0, or optim.name=adamw without optim.sgd'
+        )
 
 
 def deepspeed_recompute() -> Callable[..., Any]:
@@ -361,4 +369,7 @@ def _import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with a C++ compiler at start-up
+    tested = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS  # others it warns of, or refuses
+    if optimizers.ByGroup not in tested:
+        tested.append(optimizers.ByGroup)
     return deepspeed

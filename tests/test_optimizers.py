@@ -1,0 +1,173 @@
+"""Each optimizer by hand and against torch's, and its steps at every ZeRO stage against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed import toy_twin
+from tests.distributed.spawn import run_ranks
+from vlscale import distributed, optimizers
+from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.errors import ConfigError
+from vlscale.optim import OptimConfig, SgdConfig
+
+TOY = toy_twin.Options()
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+STEPS = 8
+SGD = SgdConfig(("stack",), lr_scale=3.0, momentum=0.8, weight_decay=0.2)
+BASE = OptimConfig(weight_decay=0.1, eps=1e-4, clip=1.0)
+CASES = {"adamw_and_sgd": replace(BASE, sgd=SGD)}
+
+
+class Two(nn.Module):
+    """A trunk and a head, of a matrix and a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+
+def two(seed: int = 0) -> Two:
+    torch.manual_seed(seed)
+    return Two()
+
+
+def move(module: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, lr: float = 0.02) -> None:
+    """Steps under gradients that are drawn anew for each."""
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        for parameter in module.parameters():
+            parameter.grad = 3 * torch.randn(parameter.shape, generator=draw)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("scale", 1.0)
+            optimizer.step()
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter, other.get_parameter(name), msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- the rules ---------------------------------------------------------------------------------------------
+
+
+def test_adamw_alone_is_torchs() -> None:
+    made = optimizers.build(two().named_parameters(), OptimConfig())
+    assert type(made) is torch.optim.AdamW
+
+
+def test_sgd_for_the_trunk_and_adamw_for_the_rest_are_torchs() -> None:
+    ours, theirs = two(), two()
+    config = OptimConfig(weight_decay=0.1, eps=1e-4, sgd=SgdConfig(("trunk",), 3.0, 0.8, 0.2))
+    move(ours, [optimizers.build(ours.named_parameters(), config)], 5)
+    rest = [{"params": [theirs.head.weight], "weight_decay": 0.1}, {"params": [theirs.head.bias], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(rest, eps=1e-4)
+    sgd = torch.optim.SGD(theirs.trunk.parameters(), momentum=0.8, weight_decay=0.2)
+    for group in sgd.param_groups:
+        group["scale"] = 3.0
+    move(theirs, [adamw, sgd], 5)
+    same(ours, theirs)
+
+
+def test_sgd_by_hand() -> None:
+    parameter = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    config = OptimConfig(sgd=SgdConfig(("trunk",), momentum=0.5, weight_decay=0.1))
+    (optimizer,) = [optimizers.build([("trunk.scale", parameter)], config)]
+    optimizer.param_groups[0]["lr"] = 0.1
+    value, buffer = 2.0, 0.0
+    for gradient in (1.0, -3.0, 0.0):
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        buffer = 0.5 * buffer + gradient + 0.1 * value
+        value -= 0.1 * buffer
+        assert parameter.item() == pytest.approx(value, rel=1e-12)
+    assert set(optimizer.state[parameter]) == {"momentum_buffer"}  # one number per weight
+
+
+# --- under ZeRO --------------------------------------------------------------------------------------------
+
+
+def weights_by_case(stages: tuple[str, ...], precision: str, cases: dict[str, OptimConfig]) -> dict[str, Any]:
+    """{"stage case": whole weights after some steps} on this rank; for `run_ranks`."""
+    found = {}
+    for stage in stages:
+        for case, config in cases.items():
+            engine = engine_of(stage, precision, config)
+            toy_twin.train(engine, TOY, range(1, STEPS + 1), ranks=distributed.world_size())
+            found[f"{stage} {case}"] = dict(engine.weights())
+    return found
+
+
+def engine_of(stage: str, precision: str, config: OptimConfig) -> DeepSpeedEngine:
+    made = toy_twin.configuration(stage, precision)
+    if made["zero_optimization"]["stage"] == 3:  # matrices are cut, biases are kept whole on every rank
+        made["zero_optimization"] = {**made["zero_optimization"], "stage3_param_persistence_threshold": 28}
+    return DeepSpeedEngine(toy_twin.model_of(TOY), made, config, distributed.init())
+
+
+def plain(config: OptimConfig) -> dict[str, Tensor]:
+    engine = LocalEngine(toy_twin.model_of(TOY), config, torch.device("cpu"))
+    toy_twin.train(engine, TOY, range(1, STEPS + 1))
+    return dict(engine.weights())
+
+
+def check_stages(world: int, precision: str, atol: float) -> None:
+    wanted = {case: plain(config) for case, config in CASES.items()}
+    for found in run_ranks(weights_by_case, world, STAGES, precision, CASES):
+        for name, weights in found.items():
+            expected = wanted[name.split()[1]]
+            assert weights.keys() == expected.keys()
+            for key, value in weights.items():
+                assert float((value.float() - expected[key]).abs().max()) <= atol, (name, key)
+
+
+def test_two_ranks_equal_one_process_at_every_stage() -> None:
+    check_stages(2, "fp32", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "precision"), [(1, "fp32"), (4, "fp32"), (2, "bf16")])
+def test_any_number_of_ranks_and_bf16(world: int, precision: str) -> None:
+    check_stages(world, precision, 1e-6 if precision == "fp32" else 2e-2)
+
+
+def resumed(folder: Path, stage: str, precision: str, config: OptimConfig) -> tuple[dict[str, Tensor], ...]:
+    """Weights after six steps, and after three, a checkpoint, a new engine and three more; for `run_ranks`."""
+    ranks = distributed.world_size()
+    first = engine_of(stage, precision, config)
+    toy_twin.train(first, TOY, range(1, 4), ranks=ranks)
+    first.save(folder)
+    toy_twin.train(first, TOY, range(4, 7), ranks=ranks)
+    second = engine_of(stage, precision, config)
+    distributed.barrier()
+    second.load(folder)
+    toy_twin.train(second, TOY, range(4, 7), ranks=ranks)
+    return dict(first.weights()), dict(second.weights())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_equal_to_the_bit(tmp_path: Path, case: str) -> None:
+    for through, again in run_ranks(resumed, 2, tmp_path, "zero2", "bf16", CASES[case]):
+        assert all(torch.equal(value, again[name]) for name, value in through.items())
+
+
+def refused() -> str:
+    config = toy_twin.configuration("zero3_offload", "fp32")
+    zero = config["zero_optimization"]
+    config["zero_optimization"] = {**zero, "offload_optimizer": {**zero["offload_optimizer"], "ratio": 0.5}}
+    with pytest.raises(ConfigError) as caught:
+        DeepSpeedEngine(toy_twin.model_of(TOY), config, CASES["adamw_and_sgd"], distributed.init())
+    return str(caught.value)
+
+
+def test_an_offload_that_leaves_some_on_the_gpu_is_refused() -> None:
+    (said,) = run_ranks(refused, 1)
+    assert "ratio is 0.5 in the ds_config" in said
+    assert 'write "ratio": 1.0' in said
