@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from tests.shard_files import INPUTS, WORDS, make_tokenizer
-from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, build_vocabulary, clean_caption, write_vocabulary
+from vlscale.data.text import (
+    AS_IT_IS,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    build_vocabulary,
+    clean_caption,
+    read_tokenizer,
+    wordpiece,
+    write_vocabulary,
+)
 from vlscale.errors import ConfigError
 from vlscale.types import Inputs
 
@@ -84,3 +95,132 @@ def test_a_binary_file_is_no_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         Tokenizer(tmp_path, INPUTS)
+
+
+# --- other tokenizers --------------------------------------------------------------------------------------
+
+
+CASED = [*SPECIAL_TOKENS, "[unused1]", "!", "A", "Dog", "##s", "a", "dog", "é", "e"]
+CLIP_PIECES = ["!", "a", "d", "g", "o", "s", "!</w>", "a</w>", "d</w>", "g</w>", "o</w>", "s</w>", ",</w>", "'", "do"]
+CLIP_PIECES += ["dog</w>", "'s</w>", "<|startoftext|>", "<|endoftext|>"]
+CLIP_MERGES = ["#version: 0.2", "d o", "do g</w>", "' s</w>", ""]
+PADDED = Inputs(image_size=0, text_length=6, separator=True)
+
+
+def write_clip(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(CLIP_PIECES)}))
+    (folder / "merges.txt").write_text("\n".join(CLIP_MERGES))
+    return folder
+
+
+def write_unigram(folder: Path, pad: str | None = "</s>") -> Path:
+    """A sentencepiece vocabulary in the form that transformers exports T5's and SigLIP's in."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581dog", -2.0), ("s", -3.0)]
+    pipeline = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    pipeline.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    pipeline.decoder = tokenizers.decoders.Metaspace()
+    pipeline.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    template = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    pipeline.post_processor = template
+    pipeline.enable_truncation(3)
+    pipeline.enable_padding(length=9)
+    folder.mkdir(exist_ok=True)
+    pipeline.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad} if pad else {}))
+    return folder
+
+
+def test_a_cased_vocabulary(tmp_path: Path) -> None:
+    write_vocabulary(CASED, tmp_path / "vocab.txt")
+    tokenizer = Tokenizer(tmp_path, PADDED, cased=True)
+    assert [tokenizer.token(i) for i in tokenizer.encode("A Dogs é")] == ["[CLS]", "A", "Dog", "##s", "é", "[SEP]"]
+    with pytest.raises(ConfigError, match=r"holds words with capital letters, such as 'A'; write text.cased=true"):
+        Tokenizer(tmp_path, PADDED)
+    write_vocabulary([*SPECIAL_TOKENS, "a"], tmp_path / "vocab.txt")
+    with pytest.raises(ConfigError, match=r"holds lower-case words; write text.cased=false"):
+        Tokenizer(tmp_path, PADDED, cased=True)
+
+
+def test_clips_byte_pairs(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_clip(tmp_path), Inputs(image_size=0, text_length=77, separator=True))
+    ids = tokenizer.encode("  A\n DOG's  a, !")
+    pieces = ["<|startoftext|>", "a</w>", "dog</w>", "'s</w>", "a</w>", ",</w>", "!</w>", "<|endoftext|>"]
+    assert [tokenizer.token(i) for i in ids] == pieces
+    assert (tokenizer.pad, tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.unk) == (0, 17, 18, None, None)
+    assert tokenizer.decode(ids) == "a dog 's a , !"
+    assert tokenizer.vocab_size == 19
+    long = tokenizer.encode("dog " * 100)
+    assert len(long) == 77
+    assert (long[0], long[-1]) == (17, 18)  # the end token is there after truncation, and is the largest id
+    assert tokenizer.sep == long.max()
+    with pytest.raises(ConfigError, match="write words: pieces and content_only: false"):
+        _ = tokenizer.continues
+
+
+def test_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_unigram(tmp_path), PADDED)
+    assert [tokenizer.token(i) for i in tokenizer.encode("a dogs")] == ["\u2581a", "\u2581dog", "s", "</s>"]
+    assert tokenizer.encode("a " * 9).tolist() == [3, 3, 3, 3, 3, 1]  # the file's own lengths do not count
+    assert (tokenizer.pad, tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.unk) == (1, None, 1, None, 2)
+    assert tokenizer.decode(tokenizer.encode("a dogs")) == "a dogs"
+    assert tokenizer.continues.tolist() == [False, False, False, False, False, True]
+    assert tokenizer.function_words.tolist() == [True, True, True, True, False, True]  # `s` as of `it's`
+    assert tokenizer.ordinary.tolist() == [3, 4, 5]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer(tmp_path / "tokenizer.json", PADDED).pad == 0  # what the file itself pads with
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "cased", "clip", "unigram"])
+def test_a_tokenizer_is_kept_as_one_file(kind: str, tmp_path: Path) -> None:
+    """And what is read from it again is the same tokenizer."""
+    if kind in ("wordpiece", "cased"):
+        tokens = CASED if kind == "cased" else [token for token in CASED if token == token.lower()]
+        write_vocabulary([*dict.fromkeys([*SPECIAL_TOKENS, *tokens])], tmp_path / "vocab.txt")
+    elif kind == "clip":
+        write_clip(tmp_path)
+    else:
+        write_unigram(tmp_path)
+    kept = tmp_path / "kept" / "tokenizer.json"
+    kept.parent.mkdir()
+    kept.write_text(read_tokenizer(tmp_path, cased=kind == "cased"), encoding="utf-8")
+    first, second = Tokenizer(tmp_path, PADDED, cased=kind == "cased"), Tokenizer(kept, PADDED)
+    assert first.encode("a Dog's dogs").tolist() == second.encode("a Dog's dogs").tolist()
+    for name in ("pad", "unk", "cls", "sep", "mask", "vocab_size"):
+        assert getattr(first, name) == getattr(second, name), name
+
+
+def test_a_built_vocabulary_reads_as_a_file_of_it_does(tmp_path: Path) -> None:
+    tokens = build_vocabulary(["a red square", "a blue one"], 60)
+    write_vocabulary(tokens, tmp_path / "vocab.txt")
+    assert wordpiece(tokens) == read_tokenizer(tmp_path)
+
+
+def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer of the tokenizers library"):
+        Tokenizer(tmp_path, PADDED)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no vocabulary at '.*vocab.txt'; write the path of a vocab.txt or tok"):
+        Tokenizer(tmp_path, PADDED)
+    write_clip(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(ConfigError, match=r"vocab.json with merges.txt beside it, and one cannot be read"):
+        Tokenizer(tmp_path, PADDED)
+    write_clip(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    with pytest.raises(ConfigError, match=r"is not CLIP's vocabulary; export"):
+        Tokenizer(tmp_path, PADDED)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_wanted(tmp_path: Path) -> None:
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    bare.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"the tokenizer of .* adds none"):
+        Tokenizer(tmp_path, PADDED)
+    assert Tokenizer(tmp_path, INPUTS).encode("a").tolist() == [0]
+
+
+def test_captions_as_they_are() -> None:
+    assert clean_caption(" A Dog, so-called! \n", AS_IT_IS) == "A Dog, so-called!"
+    assert clean_caption(" \n", AS_IT_IS) == ""
