@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""Make tar shards from the formats people have, look into them, check them.
+
+    python launchers/shards.py make --from folder --source pictures --captions captions.csv --to shards
+    python launchers/shards.py make --from lxmert_tsv --source obj36.tsv --captions mscoco_train.json --to shards
+    python launchers/shards.py index 'shards/*.tar'
+    python launchers/shards.py verify 'shards/*.tar' --json report.json
+    python launchers/shards.py describe 'shards/*.tar'
+
+`python launchers/shards.py COMMAND --help` lists the options of a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vlscale import console
+from vlscale.data.formats import FORMATS
+from vlscale.errors import DONE, ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from vlscale.data.write import Layout, Written
+
+SHOWN = 10  # problems that are printed; the JSON names more
+
+
+def make(argv: list[str]) -> int:
+    """Write shards from another format."""
+    parser = _parser("make", make.__doc__)
+    for name, metavar, text in (
+        ("--captions", "FILE", "texts of the pictures: json, jsonl, csv or tsv; for uniter_lmdb the text DB"),
+        ("--vocab", "FILE", "vocab.txt that the token ids of uniter_lmdb are of"),
+        ("--class_names", "FILE", "the detector's class names, one per line; they become tags"),
+    ):
+        parser.add_argument(name, type=Path, default=None, metavar=metavar, help=text)
+    parser.add_argument("--from", dest="format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or folders in that format")
+    _layout_options(parser)
+    options = _parse(parser, argv)
+
+    from vlscale.data import formats, write
+
+    layout = _layout(options)
+    source = formats.open_source(options.format, options.source, options.captions, options.vocab, options.class_names)
+    return _told(write.make(source, layout, SHOWN))
+
+
+def _layout_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--prefix", default="data", metavar="NAME", help="start of their names; default: %(default)s")
+    for name, kind, default, text in (
+        ("--samples_per_shard", int, 5_000, "samples of a shard at most"),
+        ("--megabytes", float, float("inf"), "size of a shard at most"),
+        ("--processes", int, 1, "processes that convert"),
+    ):
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
+
+
+def _layout(options: argparse.Namespace) -> Layout:
+    from vlscale.data.write import Layout
+
+    names = {"folder": "to", "samples": "samples_per_shard"}
+    return Layout(**{field.name: getattr(options, names.get(field.name, field.name)) for field in fields(Layout)})
+
+
+def _told(written: Written) -> int:
+    """Say what was written."""
+    size = sum(path.stat().st_size for path in written.shards) / 2**20
+    print(f"{written.samples} samples in {len(written.shards)} shard(s), {size:.1f} MiB: {written.shards[0]} ...")
+    if written.broken:
+        print(f"{written.broken} broken and left out, such as")
+        for name, reason in written.named:
+            print(f"  {name}: {reason}")
+    return DONE
+
+
+def index(argv: list[str]) -> int:
+    """Build the index of each shard, which a training run reads first; print samples per shard."""
+    parser = _parser("index", index.__doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    options = _parse(parser, argv)
+
+    from vlscale.data.shards import expand, load_index
+
+    total = 0
+    for path in expand(options.shards):
+        samples = len(load_index(path).keys)
+        total += samples
+        print(f"{samples:>10}  {path}")
+    print(f"{total:>10}  samples")
+    return DONE
+
+
+def verify(argv: list[str]) -> int:
+    """Read every member of every sample; exit code 3 if anything is wrong."""
+    parser = _parser("verify", verify.__doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    parser.add_argument("--quick", action="store_true", help="pictures by their headers, regions by their shapes")
+    _json_option(parser)
+    options = _parse(parser, argv)
+
+    from vlscale.data import inspect
+
+    report = inspect.verify(options.shards, options.quick)
+    print(f"{report.shards} shard(s), {report.samples} samples, {report.members} members read")
+    for problem in report.problems[:SHOWN]:
+        where = f"{problem.shard}: {problem.key}" if problem.key else problem.shard
+        print(f"  {where}: {problem.reason}")
+    _write_json(options.json, {**report._asdict(), "problems": [each._asdict() for each in report.problems]})
+    if report.counts:
+        counts = ", ".join(f"{count} of {kind}" for kind, count in report.counts.items())
+        raise DataError(f"{sum(report.counts.values())} problem(s) in the shards: {counts}")
+    print("no problem found")
+    return DONE
+
+
+def describe(argv: list[str]) -> int:
+    """Say what shards hold."""
+    parser = _parser("describe", describe.__doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    _json_option(parser)
+    options = _parse(parser, argv)
+
+    from vlscale.data import inspect
+
+    figures = inspect.describe(options.shards)
+    for name, value in figures.items():
+        if name != "examples" and value is not None:
+            print(f"{name.replace('_', ' '):24} {_words(value)}")
+    for example in figures["examples"]:
+        print(json.dumps(example, ensure_ascii=False))
+    _write_json(options.json, figures)
+    return DONE
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number:g}" for name, number in value.items())
+    return str(value)
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "make": make,
+    "index": index,
+    "verify": verify,
+    "describe": describe,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    parser = console.parser(__doc__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    console.parse(parser, argv)
+    raise ConfigError(f"write a command: {', '.join(COMMANDS)}")
+
+
+def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    parser = console.parser(description)
+    parser.prog = f"{parser.prog} {command}"
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    options = console.parse(parser, argv)
+    if options.overrides:
+        raise ConfigError(f"'{options.overrides[0]}' is no option here; `--help` lists what there is")
+    return options
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there")
+
+
+def _write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written ({error.strerror}); write a path that can") from error
+
+
+if __name__ == "__main__":
+    console.run(main, sys.argv[1:])

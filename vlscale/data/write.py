@@ -1,0 +1,246 @@
+"""Samples to tar shards: whole or not at all, and the same bytes for the same samples."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from vlscale.data.detections import Detections, write_regions
+from vlscale.data.shards import load_index
+from vlscale.errors import ConfigError, DataError
+
+AHEAD = 4  # items that each process has been given beyond what was written
+_Item = TypeVar("_Item")
+
+
+class Sample(NamedTuple):
+    """One sample before it is bytes."""
+
+    record: dict[str, object]  # what its json holds
+    picture: tuple[str, bytes] | None = None  # field (`jpg`, `png`, `webp`) and the bytes as they are
+    regions: Detections | None = None
+
+
+class Source(Protocol[_Item]):
+    """A format that people have. It crosses to other processes, so it holds paths, not open files."""
+
+    def items(self) -> Iterator[tuple[str, _Item]]:
+        """(name, what `sample` needs) of every picture, always in the same order."""
+
+    def sample(self, name: str, item: _Item) -> Sample:
+        """One sample. ValueError with a clause if it is broken."""
+
+
+class Written(NamedTuple):
+    """What became of a source."""
+
+    shards: list[Path]
+    samples: int
+    broken: int
+    named: list[tuple[str, str]]  # (name, reason) of the first broken ones
+
+
+class Member(NamedTuple):
+    """A sample as bytes, or why there is none."""
+
+    name: str
+    fields: dict[str, bytes]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where shards go and how large they are; a shard ends at whichever limit it meets first."""
+
+    folder: Path
+    prefix: str
+    samples: int = 5_000
+    megabytes: float = float("inf")
+    dtype: str = "float16"  # of features and class_probs
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        """ConfigError for a number or a name that cannot be."""
+        for name, least in (("samples", 1), ("processes", 1), ("megabytes", 0.001)):
+            if getattr(self, name) < least:
+                option = "samples_per_shard" if name == "samples" else name
+                raise ConfigError(f"--{option} is {getattr(self, name)}; write {least} or more")
+        if not re.fullmatch(r"[\w-]+", self.prefix):
+            raise ConfigError(f"--prefix '{self.prefix}' cannot start a shard's name; write letters, digits, _ and -")
+        if self.dtype not in ("float16", "float32"):
+            raise ConfigError(f"--dtype is '{self.dtype}'; write float16 or float32")
+
+
+def make(source: Source[Any], layout: Layout, named: int = 10) -> Written:
+    """Write all samples of `source`, in its order, and the index that training reads first.
+
+    Broken samples are left out, counted, and the first `named` of them named. ConfigError if the folder holds
+    such shards already, DataError if no sample could be written.
+    """
+    return write(convert(source, layout), layout, named)
+
+
+def convert(source: Source[Any], layout: Layout) -> Iterator[Member]:
+    """Every sample as bytes, in the source's order, by several processes if the layout says so."""
+    job = _Job(source, layout.dtype)
+    if layout.processes == 1:
+        yield from map(job, source.items())
+    else:
+        yield from _in_order(job, source.items(), layout.processes)
+
+
+class _Job:
+    """From an item to bytes; crosses to other processes."""
+
+    def __init__(self, source: Source[Any], dtype: str) -> None:
+        self.source = source
+        self.dtype = dtype
+
+    def __call__(self, named: tuple[str, Any]) -> Member:
+        name, item = named
+        try:
+            return Member(name, encode(self.source.sample(name, item), self.dtype))
+        except ValueError as error:
+            return Member(name, {}, str(error))
+
+
+def _in_order(job: Callable[[_Item], Member], items: Iterable[_Item], processes: int) -> Iterator[Member]:
+    context = multiprocessing.get_context("spawn")  # threads of ours or of a library must not be forked
+    waiting: deque[Future[Member]] = deque()
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for item in items:
+            waiting.append(pool.submit(job, item))
+            if len(waiting) > AHEAD * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
+    """The members of a sample by field: its picture, `regions.npz`, `json`. ValueError if its regions are broken."""
+    fields = dict([sample.picture] if sample.picture else [])
+    if sample.regions:
+        fields["regions.npz"] = write_regions(sample.regions, dtype)
+    fields["json"] = json.dumps(sample.record, ensure_ascii=False).encode()
+    return fields
+
+
+def write(members: Iterable[Member], layout: Layout, named: int = 10) -> Written:
+    """Write members that are bytes already; see `make`."""
+    _require_free(layout)
+    broken, first = 0, list[tuple[str, str]]()
+    with _Scratch(layout.folder) as scratch:
+        writer = _Writer(scratch, layout)
+        with tqdm(unit="sample", disable=None) as progress:
+            for member in members:
+                reason = member.reason or writer.add(member)
+                broken += bool(reason)
+                if reason and len(first) < named:
+                    first.append((member.name, reason))
+                progress.update()
+        writer.close()
+        if not writer.samples:
+            why = f"all {broken} are broken; the first, '{first[0][0]}': {first[0][1]}" if first else "there is none"
+            raise DataError(f"no sample could be written: {why}")
+        shards = [layout.folder / path.name for path in writer.paths]
+        for old, new in zip(writer.paths, shards, strict=True):
+            os.replace(old, new)
+    for shard in shards:
+        load_index(shard)
+    return Written(shards, writer.samples, broken, first)
+
+
+def _require_free(layout: Layout) -> None:
+    try:
+        layout.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--to {layout.folder} cannot be made ({error.strerror}); write a folder that can") from error
+    there = sorted(layout.folder.glob(f"{layout.prefix}-[0-9]*.tar"))
+    if there:
+        raise ConfigError(f"{there[0]} is there already; write another --to or --prefix, or remove the old shards")
+
+
+class _Scratch:
+    """A hidden folder beside the shards, which ends with the block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
+        except OSError as error:
+            reason = f"--to {self.folder} cannot be written ({error.strerror}); write a folder that can"
+            raise ConfigError(reason) from error
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass
+class _Writer:
+    """Fills one shard after the other."""
+
+    folder: Path
+    layout: Layout
+    samples: int = 0
+    paths: list[Path] = field(default_factory=list)
+    _tar: tarfile.TarFile | None = None
+    _within: int = 0  # samples in the open shard
+    _keys: set[str] = field(default_factory=set)
+
+    def add(self, member: Member) -> str:
+        """Write a sample; returns why not, if so."""
+        key = key_of(member.name)
+        if key in self._keys:
+            return f"its key '{key}' is that of an earlier one"
+        self._keys.add(key)
+        size = sum(map(len, member.fields.values()))
+        if self._tar and (self._within >= self.layout.samples or self._full(size)):
+            self.close()
+        if not self._tar:
+            self.paths.append(self.folder / f"{self.layout.prefix}-{len(self.paths):06d}.tar")
+            self._tar = tarfile.TarFile(self.paths[-1], "w", format=tarfile.GNU_FORMAT)  # names of any length
+            self._within = 0
+        for name, data in member.fields.items():
+            _add(self._tar, f"{key}.{name}", data)
+        self._within += 1
+        self.samples += 1
+        return ""
+
+    def _full(self, size: int) -> bool:
+        return self._tar is not None and self._tar.offset + size > self.layout.megabytes * 2**20
+
+    def close(self) -> None:
+        """End the open shard, if there is one."""
+        if self._tar:
+            self._tar.close()
+            self._tar = None
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member without date, owner or anything else that differs from one machine to another."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, BytesIO(data))
+
+
+def key_of(name: str) -> str:
+    """A sample's key: `name` with every sign that means something in a shard's member names made a `_`."""
+    key = re.sub(r"[^\w/-]", "_", name).strip("/")
+    return re.sub(r"(^|/)__", r"\1_", key) or "_"  # WebDataset's own members start with two
