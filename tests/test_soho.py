@@ -69,6 +69,13 @@ def test_published_sizes() -> None:
     assert family.code_table.shape == (2048, 768)
 
 
+def test_the_start_of_its_matrices() -> None:
+    plain, wide = model_of().family, model_of(init_scale=4.0).family
+    first, second = (each.stack.blocks["0"] for each in (plain, wide))
+    torch.testing.assert_close(second.mlp.fc1.weight, 4 * first.mlp.fc1.weight)
+    assert torch.equal(plain.word_embedding.weight, wide.word_embedding.weight)
+
+
 @pytest.mark.parametrize(("height", "width"), [(128, 192), (100, 64), (70, 130)])
 def test_streams(height: int, width: int) -> None:
     family, visual = model_of().family, pictures(3, height, width)

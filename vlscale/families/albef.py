@@ -14,7 +14,7 @@ from vlscale.families.base import Family, Rename, Renames
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import BertEmbeddings, bert_layers
 from vlscale.nn.temperature import Temperature
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, scale_matrices
 from vlscale.nn.vit import ImageEncoder, resize_positions
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
@@ -74,7 +74,7 @@ class Albef(Family):
         fusion = bert_layers(c.fusion_layers, c.hidden, c.heads, c.intermediate, c.dropout, c.visual_width)
         self.fusion_stack = Stack(fusion, first=c.text_layers)
         for stack in (self.image_encoder, self.text_stack, self.fusion_stack):
-            _scale_matrices(stack, c.init_scale)
+            scale_matrices(stack, c.init_scale)
         self.text_proj = nn.Linear(c.hidden, c.embed)
         self.visual_proj = nn.Linear(c.visual_width, c.embed)
         self.temperature = Temperature(c.temperature, c.temperature_least, c.temperature_greatest)
@@ -129,13 +129,6 @@ def _unit(projected: Tensor) -> Tensor:
 def _layer_flops(tokens: int, width: int, inner: int) -> int:
     products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
     return 2 * tokens * products + 2 * 2 * tokens * tokens * width
-
-
-def _scale_matrices(module: nn.Module, factor: float) -> None:
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, nn.Linear):
-                part.weight.mul_(factor)
 
 
 def _check(config: Config) -> None:

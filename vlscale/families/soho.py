@@ -17,7 +17,7 @@ from vlscale.nn.bert import INIT_STD, BertEmbeddings, bert_layers
 from vlscale.nn.cnn import BLOCKS, STRIDE, BatchNorm, Convolution, ResNet
 from vlscale.nn.dictionary import Dictionary, same_code
 from vlscale.nn.single_stream import left_to_right, real
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 WAVELENGTH = 10000.0  # of the sine positions; SOHO/models/necks/necks.py, as DETR
@@ -47,6 +47,7 @@ class Config:
     segments: int = 2
     dropout: float = 0.1  # hidden and attention; SOHO/models/languages/bert.py
     text_length: int = 16  # soho_res18_pre.py: [CLS] and [SEP] counted
+    init_scale: float = 1.0  # on the matrices' start of 0.02, which was chosen for width 768
 
     @property
     def inputs(self) -> Inputs:
@@ -79,6 +80,7 @@ class Soho(Family):
         self.visual_norm = nn.LayerNorm(c.hidden)
         self.text_embeddings = BertEmbeddings(c.vocab, c.hidden, c.max_positions, c.segments, c.dropout)
         self.stack = Stack(bert_layers(c.layers, c.hidden, c.heads, c.intermediate, c.dropout))
+        scale_matrices(self.stack, c.init_scale)
         self.dims = Dims(c.hidden, c.hidden, c.hidden, vocab=c.vocab)
         self.inputs = c.inputs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,6 +46,14 @@ class Stack(nn.Module):
             if kept:
                 hidden = self.run_block(block, hidden, *context)
         return hidden
+
+
+@torch.no_grad()
+def scale_matrices(module: nn.Module, factor: float) -> None:
+    """Multiply the weights of all linear layers, as they start."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.mul_(factor)
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
