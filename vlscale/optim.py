@@ -34,7 +34,7 @@ class SgdConfig:
 class OptimConfig:
     """The optimizer (see `vlscale.optimizers`) and its schedule. Steps are optimizer steps, counted from 1."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw_transformers", "adam_bert"] = "adamw"
     sgd: SgdConfig | None = None  # parts that move by SGD instead
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

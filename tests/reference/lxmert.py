@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference.compare import Absent, Folder, Value
+from vlscale import optimizers
 from vlscale.errors import ConfigError
 from vlscale.families import lxmert
 from vlscale.model import Encodings, PretrainModel
 from vlscale.objectives import answer, itm, masked_object, mlm
-from vlscale.optim_bert import BertAdam, triangle
+from vlscale.optim import OptimConfig, lr_at
 from vlscale.types import IGNORE, Batch, Moment, Pass, Text, Visual
 from vlscale.weights import fill, find
 
@@ -114,16 +115,20 @@ class Runner:
         return {name: value.detach() for name, value in {**values, **gradients}.items()}
 
     def steps(self) -> Tensors:
-        """The same batch again and again: clip the global norm, then BertAdam."""
+        """The same batch again and again: clip the global norm, then `adam_bert`."""
         options = self.config["optimizer_reference"]
         _check(options)
-        optimizer = BertAdam(
-            self.model.parameters(),
+        config = OptimConfig(
+            name="adam_bert",
             lr=options["lr"],
             betas=(options["b1"], options["b2"]),
             eps=options["eps"],
             weight_decay=options["weight_decay"],
+            no_decay=(),
+            schedule="linear",
+            warmup=round(options["warmup"] * options["t_total"]),
         )
+        optimizer = optimizers.build(self.model.named_parameters(), config)
         found: Tensors = {}
         for step in range(1, options["steps"] + 1):
             optimizer.zero_grad()
@@ -131,7 +136,7 @@ class Runner:
             torch.autograd.backward(total)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), options["clip_global_norm"])
             for group in optimizer.param_groups:
-                group["lr"] = options["lr"] * triangle(step, options["t_total"], options["warmup"])
+                group["lr"] = lr_at(step, config, options["t_total"])
             optimizer.step()
             found |= {f"step_{step}_loss": total.detach(), f"step_{step}_grad_norm": norm}
             found |= {f"step_{step}/{name}": each.detach().clone() for name, each in self.names.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference.compare import Folder
+from vlscale import optimizers
 from vlscale.families import oscar
 from vlscale.model import Encodings, PretrainModel
 from vlscale.objectives import mlm, tag_contrast
@@ -21,7 +22,7 @@ from vlscale.weights import fill, find
 
 Tensors = dict[str, Tensor]
 BOXES = 6  # numbers of a region's place, the last ones of its row
-TOY = OptimConfig(lr=0.01, weight_decay=0.01, schedule="linear", warmup=2)  # of the folder's README
+TOY = OptimConfig("adamw_transformers", lr=0.01, weight_decay=0.01, schedule="linear", warmup=2)  # folder's README
 TOY_STEPS = 8  # that the toy schedule is long
 
 
@@ -120,13 +121,9 @@ def _names(model: PretrainModel, weights: Tensors) -> dict[str, nn.Parameter]:
 
 
 def _toy(inputs: Tensors) -> Tensors:
-    """Steps of AdamW on two tensors under the linear schedule, with given gradients.
-
-    The authors' AdamW adds its epsilon before bias correction and decays after the step; torch's does not.
-    """
+    """Steps of the optimizer on two tensors under the linear schedule, with given gradients."""
     w, b = (nn.Parameter(inputs[f"optim/{name}0"].clone()) for name in ("w", "b"))
-    groups = [{"params": [w], "weight_decay": TOY.weight_decay}, {"params": [b], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=TOY.lr, betas=TOY.betas, eps=TOY.eps)
+    optimizer = optimizers.build([("w", w), ("b", b)], TOY)
     found: Tensors = {}
     for step, gradients in enumerate(zip(inputs["optim/gw"], inputs["optim/gb"], strict=True), start=1):
         w.grad, b.grad = gradients

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from tests.distributed.spawn import run_ranks
 from tests.reference.compare import Folder
-from vlscale import distributed
+from vlscale import distributed, optimizers
 from vlscale.families import soho
 from vlscale.model import Encodings, PretrainModel
 from vlscale.nn import moving
 from vlscale.nn.dictionary import Dictionary
 from vlscale.objectives import itm, mlm, mvm
+from vlscale.optim import OptimConfig, SgdConfig
 from vlscale.types import Batch, Loss, Moment, Pass, Text, Visual
 from vlscale.weights import fill, find
 
@@ -34,9 +35,17 @@ WATCHED = {  # our modules: what the authors' name for the output is
     "value_map": "neck_pos_line_out",
     "gate.norm": "neck_gate_logits",
 }
-# The authors' optimizers (README): SGD for the trunk, AdamW for all else, clipped together.
-CLIP, TRUNK, REST = 10.0, {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}, {"lr": 1e-4, "weight_decay": 0.01}
-BETAS, EPS = (0.9, 0.999), 1e-6
+# The authors' optimizer (README): SGD for the trunk, AdamW for all else, clipped together, everything decays.
+CLIP = 10.0
+OPTIM = OptimConfig(
+    "adamw_transformers",
+    sgd=SgdConfig(("backbone.",), lr_scale=100.0, momentum=0.9, weight_decay=1e-4),
+    lr=1e-4,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.01,
+    no_decay=(),
+)
 
 
 def run(folder: Folder) -> dict[str, Tensors]:
@@ -97,19 +106,16 @@ def _without_gate(folder: Folder) -> Tensors:
 
 
 def _optimize(folder: Folder) -> Tensors:
-    """Steps of the authors' optimizers."""
+    """Steps of the authors' optimizer."""
     runner, found = Runner(folder), {}
-    named = {name: each for name, each in runner.parameters().items() if each.requires_grad}
-    trunk = [each for name, each in named.items() if name.startswith("backbone.")]
-    rest = [each for name, each in named.items() if not name.startswith("backbone.")]
-    first, second = torch.optim.SGD(trunk, **TRUNK), torch.optim.AdamW(rest, betas=BETAS, **REST)  # type: ignore[arg-type]
-    for number, step in enumerate(runner.steps, start=1):
+    optimizer = optimizers.build(runner.parameters().items(), OPTIM)
+    for group in optimizer.param_groups:
+        group["lr"] = OPTIM.lr * group["scale"]
+    for step in runner.steps:
         made, values = runner.forward(step)
         runner.backward(made)
-        norm = nn.utils.clip_grad_norm_([*trunk, *rest], CLIP)
-        for group in second.param_groups:  # the authors add eps before the second moment's bias is corrected
-            group["eps"] = EPS / (1 - BETAS[1] ** number) ** 0.5
-        first.step(), second.step()
+        norm = nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
+        optimizer.step()
         after = {f"param/{name}": each.detach().clone() for name, each in runner.parameters().items()}
         kept = {"loss_total": values["loss_total"], "grad_norm_before_clip": norm, **after}
         found |= {f"opt/{step}/{name}": value for name, value in kept.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.reference.compare import Absent, Folder, Loose, Value
+from vlscale import optimizers
 from vlscale.families import uniter
 from vlscale.model import Encodings, PretrainModel, Task
 from vlscale.objectives import itm, mlm, mrc, mrc_kl, mrfr, wra
@@ -69,7 +70,7 @@ def _tasks(folder: Folder) -> Tensors:
 
 
 def _steps(folder: Folder) -> dict[str, Value]:
-    """Gradients summed over the micro-batches of a step, clipped, then AdamW."""
+    """Gradients summed over the micro-batches of a step, clipped, then the optimizer."""
     runner, options = _Runner(folder), folder.config["optimizer_reference"]
     optimizer, number = runner.optimizer(options), options["accumulation"]
     found: dict[str, Value] = {}
@@ -82,7 +83,9 @@ def _steps(folder: Folder) -> dict[str, Value]:
             continue
         norm = nn.utils.clip_grad_norm_(runner.model.parameters(), options["grad_norm"])
         lr = _lr(step, options)
-        _move(optimizer, lr, options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # what a step does not use moves on by its moments
         found |= {f"step_{step}_lr": torch.tensor(lr), f"step_{step}_grad_norm": norm}
         found |= {f"step_{step}/{name}": value for name, value in runner.after(step * options["lr"]).items()}
@@ -110,16 +113,6 @@ def _lr(step: int, options: dict[str, Any]) -> float:
     lr, warmup = options["lr"], options["warmup_steps"]
     config = OptimConfig(lr=lr, warmup=warmup - 1, warmup_lr=lr / warmup, schedule="linear")
     return max(lr_at(step, config, options["num_train_steps"] - 1), LEAST_LR)
-
-
-def _move(optimizer: torch.optim.AdamW, lr: float, options: dict[str, Any]) -> None:
-    """One step of AdamW; the authors add epsilon to the second moment's root before its bias is corrected."""
-    for group in optimizer.param_groups:  # one parameter each
-        (parameter,) = group["params"]
-        done = optimizer.state[parameter].get("step", torch.zeros(()))
-        group["lr"] = lr
-        group["eps"] = options["eps"] / float(1 - options["betas"][1] ** (done + 1)) ** 0.5
-    optimizer.step()
 
 
 class _Layout(NamedTuple):
@@ -303,16 +296,16 @@ class _Runner:
             for name, value in values.items()
         }
 
-    def optimizer(self, options: dict[str, Any]) -> torch.optim.AdamW:
-        """One group per parameter; the authors decide by their names what decays."""
-        groups = [
-            {
-                "params": [parameter],
-                "weight_decay": 0.0 if any(part in name for part in UNDECAYED) else options["weight_decay"],
-            }
-            for name, parameter in self.names.items()
-        ]
-        return torch.optim.AdamW(groups, lr=options["lr"], betas=tuple(options["betas"]))
+    def optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
+        """The authors decide by their names what decays."""
+        config = OptimConfig(
+            "adamw_transformers",
+            betas=tuple(options["betas"]),
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            no_decay=UNDECAYED,
+        )
+        return optimizers.build(self.names.items(), config)
 
     def _theirs(self, name: str, value: Tensor) -> Tensor:
         missing = self.shapes[name][0] - len(value)  # the mask table's first row, which is always zero
