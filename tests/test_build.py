@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 
 from vlscale import build, config
-from vlscale.data import views
-from vlscale.errors import ConfigError
+from vlscale.data import scenes, views
+from vlscale.errors import ConfigError, DataError
 from vlscale.families import albef
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
@@ -94,10 +94,11 @@ def test_a_model_is_a_function_of_the_seed() -> None:
     assert norms(1) != norms(2)
 
 
-def test_a_family_of_regions_has_nothing_to_read_yet() -> None:
+def test_a_family_of_regions_needs_shards_with_regions() -> None:
     tree = config.dump(config.load("quickstart", SMALL))
     tree |= {"family": {"name": "uniter"}, "objectives": {"mlm": {"soften": 0.0}}}
+    tree["data"] |= {"train": [str(path) for path in scenes.ensure().train]}
     tree.pop("recipe")
     request = build.Request(config.from_tree("mine", tree), "ds_configs/zero2.json", None)
-    with pytest.raises(ConfigError, match="family 'uniter' reads regions of a detector, and shards with regions are"):
+    with pytest.raises(DataError, match="has no 'regions.npz' but png, json; `launchers/shards.py regions` adds one"):
         build.setup(request)

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from tests.shard_files import INPUTS, make_tokenizer, png, sample, shared, write_samples
-from vlscale.data.loader import Bad, Loader, check_batch, retrieval_batches
+from vlscale.data.loader import Loader, Plan, check_batch
+from vlscale.data.order import TaskOrder
+from vlscale.data.retrieval import retrieval_batches
+from vlscale.data.samples import Bad
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
-from vlscale.data.views import Views, parse
+from vlscale.data.views import parse
 from vlscale.errors import ConfigError, DataError
 from vlscale.types import Batch
 
@@ -47,13 +50,13 @@ def make_loader(shards: Shards, tokenizer: Tokenizer, **other: Any) -> Loader:
     options: dict[str, Any] = {
         "batch": BATCH,
         "micro_batch": BATCH,
-        "seed": 11,
         "rank": 0,
         "world": 1,
         "workers": 0,
     }
-    views: Views = parse(EVERYTHING)
-    return Loader(shards, views, tokenizer, INPUTS, max_words=30, **{**options, **other})
+    seed = other.pop("seed", 11)
+    plan = Plan({"all": parse(EVERYTHING)}, TaskOrder({"all": 1.0}, seed), seed, max_words=30)
+    return Loader(shards, tokenizer, INPUTS, plan, **{**options, **other})
 
 
 def contents(batch: Batch) -> list[tuple[Any, ...]]:

@@ -14,7 +14,7 @@ import simplejpeg
 from tests.shard_files import png, sample, shared, write_samples, write_tar
 from vlscale.data import shards as shards_module
 from vlscale.data.decode import decode, picture_size, resize
-from vlscale.data.samples import BrokenSampleError, captions, every_caption, picture
+from vlscale.data.samples import BrokenSampleError, every_text, picture, sentences
 from vlscale.data.shards import Shards, expand
 from vlscale.errors import DataError
 
@@ -192,7 +192,7 @@ def one(folder: Path, *members: tuple[str, bytes]) -> Shards:
 )
 def test_captions(tmp_path: Path, members: list[tuple[str, bytes]], expected: list[str]) -> None:
     shards = one(tmp_path, *members)
-    assert captions(shards, 0) == list(every_caption(shards)) == expected
+    assert [each.text for each in sentences(shards, 0)] == list(every_text(shards)) == expected
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_captions(tmp_path: Path, members: list[tuple[str, bytes]], expected: li
 def test_captions_that_cannot_be_used(tmp_path: Path, members: list[tuple[str, bytes]], says: str) -> None:
     shards = one(tmp_path, *members)
     with pytest.raises(BrokenSampleError, match=rf"sample 'a' of shard .*one.tar: .*{says}"):
-        captions(shards, 0)
-    assert list(every_caption(shards)) == []
+        sentences(shards, 0)
+    assert list(every_text(shards)) == []
 
 
 def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_real_shards(tmp_path: Path, name: str, count: int) -> None:
     assert len(shards) == count
     for i in range(0, count, 10):
         assert picture(shards, i).ndim == 3
-        assert all(captions(shards, i))
+        assert all(sentences(shards, i))
 
 
 def test_foreign_tars(tmp_path: Path) -> None:

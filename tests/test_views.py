@@ -182,7 +182,8 @@ def test_parse() -> None:
             "text.masked": {"mask_tokens": {"prob": 1}},
         }
     )
-    assert made.names() == {"visual.clean", "visual.augmented", "text.clean", "text.masked"}
+    assert set(made.visual) == {"clean", "augmented"}
+    assert set(made.text) == {"clean", "masked"}
     assert made.visual["clean"].random_resized_crop == RandomResizedCrop(scale=(0.5, 1.0))
     assert made.visual["clean"].rand_augment == RandAugment(num=2, level=5.0)
     assert made.visual["clean"].flip is None

@@ -96,10 +96,9 @@ class BareLoop:
         """See `Loop.step`."""
         request, setting, model, machine, _ = self._parts
         run, engine = request.run, machine.deepspeed
-        task = train.pick_task(run, model, step)
         keys = []
         for number, each in enumerate(micro_batches):
-            batch = replace(each, task=task).to(setting.device)
+            batch = each.to(setting.device)
             made = engine(batch, Moment(step, run.seed, number, len(micro_batches)))
             engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
             engine.backward(model.total(made.losses, {}))
@@ -216,9 +215,8 @@ def _lap(loop: Loop, watch: _Watch) -> tuple[Lap, tuple[int, list[Batch]], bool]
 
 def _work(parts: _Parts, step: int, micro_batches: Sequence[Batch]) -> Work:
     run = parts.request.run
-    task = train.pick_task(run, parts.model, step)
     mode = run.activation_checkpointing
-    flops = [step_flops(parts.model, replace(batch, task=task), mode) for batch in micro_batches]
+    flops = [step_flops(parts.model, batch, mode) for batch in micro_batches]
     masks = [text.mask for batch in micro_batches for text in batch.text.values()]
     return Work(
         model_flops=sum(each.model for each in flops),

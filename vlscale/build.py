@@ -17,15 +17,18 @@ import torch
 from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
+from vlscale.data import answers as answer_data
 from vlscale.data import scenes
 from vlscale.data import text as text_data
 from vlscale.data import views as view_data
-from vlscale.data.loader import Loader
-from vlscale.data.samples import every_caption
+from vlscale.data.loader import Loader, Plan
+from vlscale.data.order import TaskOrder
+from vlscale.data.samples import every_answer, every_text
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
+from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import CheckpointError, ConfigError, VlscaleError
+from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
@@ -34,6 +37,7 @@ from vlscale.types import Inputs
 from vlscale.weights import init_towers
 
 VOCAB = "vocab.txt"
+ANSWERS = "answers.txt"
 MOST_CAPTIONS = 100_000  # enough for a small vocabulary
 
 
@@ -58,6 +62,7 @@ class Setting:
     val: Shards
     tokenizer: Tokenizer
     vocabulary: str  # the lines of its vocab.txt
+    answers: tuple[str, ...]  # of questions, by number; none where no objective asks
     begin: Checkpoint | None  # what the run goes on from
     warnings: tuple[str, ...]  # of rank 0; for the log, once there is one
 
@@ -91,11 +96,6 @@ def setup(request: Request) -> Setting:
     begin = _find_begin(request, warnings)
     if begin is not None:
         checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
-    if run.family.inputs.regions:
-        raise ConfigError(
-            f"family '{run.family_name}' reads regions of a detector, and shards with regions are not read yet; "
-            f"choose a family that reads pixels (albef, clip, soho)"
-        )
     _threads()
     train, val = open_shards(run)
     device = distributed.init()
@@ -103,6 +103,7 @@ def setup(request: Request) -> Setting:
     told = {"checkpoint to go on from": str(begin and begin.folder), "ds_config": json.dumps(ds, sort_keys=True)}
     distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
     vocabulary = _from_rank_0(lambda: _vocabulary(run, begin, out, train))
+    answers = _from_rank_0(lambda: _answers(run, begin, out, train)).splitlines() if _asks(run) else []
     tokenizer = _tokenizer(vocabulary, run.family.inputs)
     if tokenizer.vocab_size > run.family.vocab:
         raise ConfigError(
@@ -118,10 +119,12 @@ def setup(request: Request) -> Setting:
         out=out,
         checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
+        questions=_asks(run),
     )
-    preflight.check_pictures(val, range(min(len(val), 1)))
+    if run.family.inputs.image_size:
+        preflight.check_pictures(val, range(min(len(val), 1)))
     noted = tuple(warnings) if distributed.rank() == 0 else ()
-    return Setting(out, ds, device, train, val, tokenizer, vocabulary, begin, noted)
+    return Setting(out, ds, device, train, val, tokenizer, vocabulary, tuple(answers), begin, noted)
 
 
 def write_folder(run: RunConfig, setting: Setting) -> None:
@@ -130,12 +133,15 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
     if distributed.rank() == 0:
         run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
         checkpoint.write_atomically(setting.out / VOCAB, setting.vocabulary)
+        if setting.answers:
+            checkpoint.write_atomically(setting.out / ANSWERS, "".join(f"{answer}\n" for answer in setting.answers))
     distributed.barrier()
 
 
 def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
     """The training and validation shards; `embedded` draws them on first use."""
-    drawn = scenes.ensure() if ("embedded",) in (run.data.train, run.data.val) else None
+    embedded = ("embedded",) in (run.data.train, run.data.val)
+    drawn = scenes.ensure(regions=run.family.inputs.regions > 0) if embedded else None
     out = []
     for key in ("train", "val"):
         given = getattr(run.data, key)
@@ -166,25 +172,43 @@ def build_model(run: RunConfig) -> PretrainModel:
 
 def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Loader:
     """The training samples of this rank."""
-    wanted = {name: options for name, options in run.views.items() if name in model.views()}
+    inputs = run.family.inputs
+    if inputs.regions:
+        firsts = range(min(len(setting.train), 1))
+        preflight.check_regions(setting.train, firsts, inputs, model.fields())
     loader = Loader(
         setting.train,
-        view_data.parse(wanted),
         setting.tokenizer,
-        run.family.inputs,
+        inputs,
+        plan(run, setting, model),
         batch=run.data.batch,
         micro_batch=setting.ds["train_micro_batch_size_per_gpu"],
-        seed=run.seed,
         rank=distributed.rank(),
         world=distributed.world_size(),
         workers=_workers(run.data.workers),
-        max_words=run.text.max_words,
     )
     if setting.begin is not None:
         loader.load_state(setting.begin.state["loader"])
         if distributed.rank():
             loader.bad_samples = 0  # rank 0 goes on with the count of all
     return loader
+
+
+def plan(run: RunConfig, setting: Setting, model: PretrainModel) -> Plan:
+    """What the loader makes of the samples: of each task, the views that its objectives read."""
+
+    def views(task: str) -> Views:
+        wanted = {name: options for name, options in run.views.items() if name in model.views(task)}
+        return view_data.parse(wanted, run.family.inputs.regions > 0)
+
+    return Plan(
+        views={task: views(task) for task in model.tasks},
+        tasks=TaskOrder({name: task.share for name, task in model.tasks.items()}, run.seed),
+        seed=run.seed,
+        max_words=run.text.max_words,
+        answers={answer: number for number, answer in enumerate(setting.answers)},
+        fields=model.fields(),
+    )
 
 
 def build_engine(run: RunConfig, setting: Setting, model: PretrainModel) -> DeepSpeedEngine:
@@ -254,8 +278,34 @@ def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shar
         return text_data.find_vocabulary(Path(run.text.vocab)).read_text(encoding="utf-8")
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
-    cleaned = (text_data.clean_caption(caption, run.text.max_words) for caption in every_caption(train))
+    texts = every_text(train, _asks(run), run.family.inputs.tags)
+    cleaned = (text_data.clean_caption(text, run.text.max_words) for text in texts)
     return "\n".join(text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab)) + "\n"
+
+
+def _asks(run: RunConfig) -> bool:
+    """Whether questions take part."""
+    return "pairs.answers" in run.views
+
+
+def _answers(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
+    """One answer a line: those of the file given, of the run that goes on, or the commonest of the training data."""
+    most = max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
+    kept = (out if begin is None else checkpoint.run_folder(begin)) / ANSWERS
+    if run.text.answers is not None:
+        listed = answer_data.read_answers(Path(run.text.answers))
+        if len(listed) > most:
+            raise ConfigError(
+                f"text.answers lists {len(listed)} answers, but the objective tells {most} apart; "
+                f"write objectives.answer.answers={len(listed)}"
+            )
+        return "\n".join(listed)
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    found = answer_data.common_answers(every_answer(train), most)
+    if not found:
+        raise DataError("views has pairs.answers, but data.train holds no question with an answer ('qa' of the json)")
+    return "\n".join(found)
 
 
 def _tokenizer(vocabulary: str, inputs: Inputs) -> Tokenizer:

@@ -41,8 +41,11 @@ class DataConfig:
 class TextConfig:
     """How captions become token ids."""
 
-    vocab: str | None = None  # vocab.txt or a folder with one; None = built from the training captions
+    vocab: str | None = None  # a tokenizer's file or folder (`data.text`); None = built from the training captions
+    cased: bool = False  # a vocab.txt tells capital letters from small ones (bert-base-cased)
+    clean_up: bool = True  # ALBEF's: lower case, no punctuation, `max_words`; False = captions as they are
     max_words: int = 30  # words of a caption kept by the clean-up
+    answers: str | None = None  # a file with one answer a line, or a JSON list; None = the training data's commonest
 
 
 @dataclass(frozen=True)

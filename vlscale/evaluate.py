@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlscale import build, checkpoint, config, run_folder
-from vlscale.data.loader import retrieval_batches
+from vlscale.data.retrieval import retrieval_batches
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean

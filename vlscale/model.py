@@ -165,9 +165,13 @@ class PretrainModel(nn.Module):
         for parameter in self.parameters():
             assert parameter.ndim > 0, "DeepSpeed cannot broadcast zero-dimensional parameters; use shape [1]"
 
-    def views(self) -> frozenset[str]:
-        """Every view that some objective reads, e.g. `text.masked`."""
-        return frozenset().union(*(objective.views for _, objective in self.asked()))
+    def views(self, task: str | None = None) -> frozenset[str]:
+        """Every view that some objective (of one task) reads, e.g. `text.masked`."""
+        return frozenset().union(*(objective.views for _, objective in self.asked(task)))
+
+    def fields(self) -> frozenset[str]:
+        """What someone reads of what a detector said of its regions (fields of `Visual`)."""
+        return self.family.inputs.fields.union(*(objective.fields for _, objective in self.asked()))
 
     def asked(self, task: str | None = None) -> Iterator[tuple[str, Objective]]:
         """(name, objective) of one task, or of all of them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from vlscale.build import Request
 from vlscale.errors import DONE
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
-from vlscale.types import Batch, Moment, Text, Visual
+from vlscale.types import Batch, Moment
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PROBE = 2  # samples whose activations are measured
@@ -27,7 +26,7 @@ def show(request: Request) -> int:
     model = build.build_model(run)
     loader = build.build_loader(run, setting, model)
     _, batches = next(iter(loader.steps(0, 1)))
-    batch = replace(batches[0], task=next(iter(model.tasks)))
+    batch = batches[0]
     world = distributed.world_size()
     memory = memory_plan(model, setting.ds, world)
     memory["activations of a micro-batch"] = activation_bytes(model, batch)
@@ -94,7 +93,7 @@ def activation_bytes(model: PretrainModel, batch: Batch) -> int:
 
     A 16-bit run keeps about half of it; activation checkpointing less.
     """
-    few = _first(batch, PROBE)
+    few = batch.first(PROBE)
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -108,19 +107,6 @@ def activation_bytes(model: PretrainModel, batch: Batch) -> int:
         made = model(few, Moment(step=1))
         model.total(made.losses, {})
     return sum(kept.values()) * len(batch) // len(few)
-
-
-def _first(batch: Batch, count: int) -> Batch:
-    def cut(value: Any) -> Any:
-        return value[:count] if isinstance(value, Tensor) else value
-
-    return replace(
-        batch,
-        text={view: Text(*map(cut, fields)) for view, fields in batch.text.items()},
-        visual={view: Visual(*map(cut, fields)) for view, fields in batch.visual.items()},
-        pair_id=batch.pair_id[:count],
-        keys=batch.keys[:count],
-    )
 
 
 def _count(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.samples import BrokenSampleError, captions, picture, picture_field
+from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture, picture_field, regions, sentences
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer, clean_caption
 from vlscale.errors import ConfigError, DataError
@@ -43,6 +43,7 @@ def check(
     out: Path,
     checkpoint_bytes: int,
     keep: int,
+    questions: bool = False,
     seed: int = 0,
 ) -> Report:
     """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
@@ -56,7 +57,9 @@ def check(
     looked_at = _looked_at(shards, seed)
     if inputs.image_size:
         check_pictures(shards, looked_at)
-    check_texts(shards, looked_at, tokenizer, max_words)
+    if inputs.regions:
+        check_regions(shards, looked_at, inputs, inputs.fields)
+    check_texts(shards, looked_at, tokenizer, max_words, questions)
     return Report(len(shards), len(shards.paths), time.monotonic() - began)
 
 
@@ -77,9 +80,22 @@ def check_pictures(shards: Shards, looked_at: Iterable[int]) -> None:
     for i in looked_at:
         if picture_field(shards.fields(i)) is None:
             picture(shards, i)  # raises the sentence that names it
-    chosen = np.unique(np.linspace(0, len(shards.paths) - 1, SHARDS_DECODED).astype(int))
-    for n in chosen.tolist():
+    for n in _some_shards(shards):
         _one_decodes(shards, range(shards.start(n), min(shards.start(n) + TRIES, shards.start(n + 1))))
+
+
+def check_regions(shards: Shards, looked_at: Iterable[int], inputs: Inputs, wanted: frozenset[str]) -> None:
+    """DataError for a sample without regions, or a shard whose first ones cannot be used or lack a `wanted` field."""
+    for i in looked_at:
+        if REGION_FIELD not in shards.fields(i):
+            regions(shards, i, inputs.regions, inputs.feats, wanted)  # raises the sentence that names it
+    for n in _some_shards(shards):
+        regions(shards, shards.start(n), inputs.regions, inputs.feats, wanted)
+
+
+def _some_shards(shards: Shards) -> list[int]:
+    chosen: list[int] = np.unique(np.linspace(0, len(shards.paths) - 1, SHARDS_DECODED).astype(int)).tolist()
+    return chosen
 
 
 def _one_decodes(shards: Shards, tried: range) -> None:
@@ -93,11 +109,13 @@ def _one_decodes(shards: Shards, tried: range) -> None:
     raise DataError(f"none of the first {len(tried)} pictures of a shard can be decoded; the last: {last}")
 
 
-def check_texts(shards: Shards, looked_at: Iterable[int], tokenizer: Tokenizer, max_words: int) -> None:
+def check_texts(
+    shards: Shards, looked_at: Iterable[int], tokenizer: Tokenizer, max_words: int, questions: bool = False
+) -> None:
     """DataError for a caption that is missing or empty, ConfigError if the vocabulary knows too few words."""
     known: list[NDArray[np.bool_]] = []
     for i in looked_at:
-        for caption in captions(shards, i):
+        for caption, _ in sentences(shards, i, questions):
             cleaned = clean_caption(caption, max_words)
             if not cleaned:
                 reason = f"the caption {caption!r} is nothing but punctuation; write a text or leave it out"

@@ -11,7 +11,8 @@ from torch import Tensor
 from vlscale import checkpoint, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
-from vlscale.data.loader import Loader, retrieval_batches
+from vlscale.data.loader import Loader
+from vlscale.data.retrieval import retrieval_batches
 from vlscale.engine import Engine, StepReport
 from vlscale.evaluation import retrieval
 from vlscale.flops import peak_flops, step_flops

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from vlscale.monitor import Monitor
 from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
-from vlscale.types import Batch, Loss, Moment
+from vlscale.types import Batch, Loss, Moment, Visual
 
 
 def train(request: Request) -> int:
@@ -97,9 +96,9 @@ def one_step(
     seed_step(run.seed, step)
     if model.twin is not None and run.momentum.drop_layers > 0:
         momentum.drop_layers(model.twin, run.momentum.drop_layers, run.seed, step)
-    task = pick_task(run, model, step)
+    task = micro_batches[0].task
     plans.check(step, step_plan(model, task, micro_batches))
-    batches = [replace(batch, task=task).to(machine.device) for batch in micro_batches]
+    batches = [batch.to(machine.device) for batch in micro_batches]
     moments = [Moment(step, run.seed, number, len(batches)) for number in range(len(batches))]
     shares = step_shares(model, batches)
     if len(batches) > 1 and model.whole(task):
@@ -127,17 +126,8 @@ def seed_step(seed: int, step: int) -> None:
         torch.cuda.manual_seed(word)
 
 
-def pick_task(run: RunConfig, model: PretrainModel, step: int) -> str:
-    """The step's task, drawn by shares from (seed, step): the same on all ranks without a message."""
-    names = list(model.tasks)
-    if len(names) == 1:
-        return names[0]
-    shares = np.array([model.tasks[name].share for name in names])
-    return names[int(np.random.default_rng([run.seed, step]).choice(len(names), p=shares / shares.sum()))]
-
-
 def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -> dict[str, str]:
-    """What every rank must be about to do alike; text lengths may differ."""
+    """What every rank must be about to do alike; lengths of texts and numbers of regions may differ."""
     first = micro_batches[0]
     return {
         "task": task,
@@ -145,10 +135,13 @@ def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -
         "micro-batches": str(len(micro_batches)),
         "samples": ", ".join(str(len(batch)) for batch in micro_batches),
         "text views": ", ".join(sorted(first.text)),
-        "visual views": ", ".join(
-            f"{view} {tuple(visual.feats.shape[1:])}" for view, visual in sorted(first.visual.items())
-        ),
+        "visual views": ", ".join(f"{view} {_shape(visual)}" for view, visual in sorted(first.visual.items())),
     }
+
+
+def _shape(visual: Visual) -> str:
+    """(C, H, W) of pixels, (F,) of regions."""
+    return str(tuple(visual.feats.shape[1:] if visual.boxes is None else visual.feats.shape[2:]))
 
 
 def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

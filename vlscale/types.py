@@ -9,13 +9,24 @@ only inside those; only the input `Batch` is a dataclass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a position that no loss counts
+
+# How a region's place is told (`vlscale.data.regions` has the formulas); W x H are the picture's pixels.
+Geometry = Literal[
+    "",  # the family reads no regions
+    "corners",  # x1/W y1/H x2/W y2/H: LXMERT, CVLP
+    "corners_area",  # and the share of the picture's area: ViLBERT
+    "corners_size",  # corners, then w/W h/H: OSCAR
+    "corners_size_area",  # and the share of the area: UNITER
+    "extent_area_score",  # corners in the greatest coordinates of any box, area, the detector's confidence: VLP
+]
 
 
 class Text(NamedTuple):
@@ -62,18 +73,29 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device` (asynchronously from pinned memory)."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def first(self, count: int) -> Batch:
+        """The first `count` samples."""
+        return replace(self.each(lambda tensor: tensor[:count]), keys=self.keys[:count])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed; a tensor that several views share is changed once."""
+        made: dict[int, Tensor] = {}
+
+        def once(value: Any) -> Any:
+            if isinstance(value, Tensor) and id(value) not in made:
+                made[id(value)] = change(value)
+            return made[id(value)] if isinstance(value, Tensor) else value
 
         return replace(
             self,
-            text={view: Text(*map(move, fields)) for view, fields in self.text.items()},
-            visual={view: Visual(*map(move, fields)) for view, fields in self.visual.items()},
-            pair_id=move(self.pair_id),
-            matched=move(self.matched),
-            tags_swapped=move(self.tags_swapped),
-            answers=move(self.answers),
+            text={view: Text(*map(once, fields)) for view, fields in self.text.items()},
+            visual={view: Visual(*map(once, fields)) for view, fields in self.visual.items()},
+            pair_id=once(self.pair_id),
+            matched=once(self.matched),
+            tags_swapped=once(self.tags_swapped),
+            answers=once(self.answers),
         )
 
 
@@ -128,6 +150,9 @@ class Inputs:
     feats: int = 0  # F of a region's features
     boxes: int = 0  # numbers that describe a region's place (4..7)
     classes: int = 0  # of the detector
+    geometry: Geometry = ""  # which numbers those are
+    tags: bool = False  # whether the names of a picture's objects stand behind each text: words [SEP] tags [SEP]
+    fields: frozenset[str] = frozenset()  # of `Visual`, beside feats, mask and boxes, that the family reads
 
 
 class Moment(NamedTuple):

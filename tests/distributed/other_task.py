@@ -9,16 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launchers import pretrain
-from vlscale import console, train
-
-drawn = train.pick_task
-
-
-def other(run: train.RunConfig, model: train.PretrainModel, step: int) -> str:
-    if step >= 3 and os.environ["RANK"] == "1":
-        return "words"
-    return "all"
+from vlscale import console
+from vlscale.data.order import TaskOrder
 
 
-train.pick_task = other
+def other(order: TaskOrder, step: int) -> str:
+    return "words" if step >= 3 and os.environ["RANK"] == "1" else "all"
+
+
+TaskOrder.__call__ = other  # type: ignore[method-assign]
 console.run(pretrain.main, sys.argv[1:])

@@ -1,16 +1,29 @@
-"""Samples of different text lengths to one `Batch`: padded ids, stacked pixels."""
+"""Samples of different lengths to one `Batch`: padded ids and regions, stacked pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vlscale.data.decode import Pixels
-from vlscale.data.text import Ids
+from vlscale.data.masking import Ids
+from vlscale.data.regions import Floats
 from vlscale.types import IGNORE, Batch, Text, Visual
+
+
+class RegionSample(NamedTuple):
+    """The regions of one picture."""
+
+    feats: Floats  # [R, F] as the detector gave them
+    boxes: Floats  # [R, G] in the family's way
+    fields: dict[str, NDArray[Any]]  # fields of `Visual`, [R, ...]
+    views: dict[str, tuple[Floats, NDArray[np.bool_] | None]]  # view -> features [R, F], picked [R]
 
 
 @dataclass(frozen=True)
@@ -19,18 +32,37 @@ class Sample:
 
     index: int  # its number in the data set, the `pair_id`
     key: str
-    visual: dict[str, Pixels]  # view -> uint8 [H, W, 3]
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
+    visual: dict[str, Pixels]  # view -> uint8 [H, W, 3]
+    regions: RegionSample | None = None
+    segments: Ids | None = None  # [L]
+    matched: bool | None = None
+    tags_swapped: int | None = None
+    answer: int | None = None
 
 
-def collate(samples: Sequence[Sample], pad: int) -> Batch:
-    """One micro-batch; `pad` is the id of [PAD]. Texts are as long as the longest of them."""
+def collate(samples: Sequence[Sample], pad: int, task: str = "all", targets: bool = False) -> Batch:
+    """One micro-batch; `pad` is the id of [PAD]. Texts and regions are as many as the most of them.
+
+    `targets`: whether someone restores features.
+    """
     first = samples[0]
+    text = {view: pad_texts([sample.text[view] for sample in samples], pad) for view in first.text}
+    segments = [sample.segments for sample in samples if sample.segments is not None]
+    if segments:
+        padded = torch.from_numpy(_padded(segments, 0, np.int64))
+        text = {view: each._replace(segments=padded) for view, each in text.items()}
+    regions = [sample.regions for sample in samples if sample.regions is not None]
+    visual = {view: stack_pictures([sample.visual[view] for sample in samples]) for view in first.visual}
     return Batch(
-        text={view: pad_texts([sample.text[view] for sample in samples], pad) for view in first.text},
-        visual={view: stack_pictures([sample.visual[view] for sample in samples]) for view in first.visual},
+        text=text,
+        visual=stack_regions(regions, targets) if regions else visual,
         pair_id=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=tuple(sample.key for sample in samples),
+        task=task,
+        matched=_column([sample.matched for sample in samples], torch.bool),
+        tags_swapped=_column([sample.tags_swapped for sample in samples], torch.int64),
+        answers=_column([sample.answer for sample in samples], torch.int64),
     )
 
 
@@ -38,14 +70,10 @@ def pad_texts(texts: Sequence[tuple[Ids, Ids | None]], pad: int) -> Text:
     """(ids, labels) per sample to ids [B, L], mask [B, L], labels [B, L] (None if the view has none)."""
     lengths = np.array([len(ids) for ids, _ in texts])
     mask = np.arange(lengths.max()) < lengths[:, None]  # [B, L]
-    ids = np.full(mask.shape, pad, dtype=np.int64)
-    ids[mask] = np.concatenate([ids for ids, _ in texts])
+    ids = torch.from_numpy(_padded([ids for ids, _ in texts], pad, np.int64))
     wanted = [labels for _, labels in texts if labels is not None]
-    if not wanted:
-        return Text(torch.from_numpy(ids), torch.from_numpy(mask))
-    labels = np.full(mask.shape, IGNORE, dtype=np.int64)
-    labels[mask] = np.concatenate(wanted)
-    return Text(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels))
+    labels = torch.from_numpy(_padded(wanted, IGNORE, np.int64)) if wanted else None
+    return Text(ids, torch.from_numpy(mask), labels)
 
 
 def stack_pictures(pictures: Sequence[Pixels]) -> Visual:
@@ -55,3 +83,40 @@ def stack_pictures(pictures: Sequence[Pixels]) -> Visual:
     for i, picture in enumerate(pictures):
         pixels[i] = picture.transpose(2, 0, 1)
     return Visual(torch.from_numpy(pixels))
+
+
+def stack_regions(samples: Sequence[RegionSample], targets: bool) -> dict[str, Visual]:
+    """The views of some pictures' regions; at least one place each, so that pictures without regions can stand."""
+    counts = np.array([len(sample.feats) for sample in samples])
+    mask = np.arange(max(1, counts.max())) < counts[:, None]  # [B, R]
+    feats = [sample.feats for sample in samples]
+    whole = torch.from_numpy(_padded(feats, 0, np.float32))
+    clean = Visual(whole, torch.from_numpy(mask), torch.from_numpy(_padded([s.boxes for s in samples], 0, np.float32)))
+    fields = {
+        name: torch.from_numpy(_padded([sample.fields[name] for sample in samples], 0, values.dtype))
+        for name, values in samples[0].fields.items()
+    }
+    clean = clean._replace(**fields)
+    return {view: _hidden(clean, [sample.views[view] for sample in samples], targets) for view in samples[0].views}
+
+
+def _hidden(clean: Visual, views: Sequence[tuple[Floats, NDArray[np.bool_] | None]], targets: bool) -> Visual:
+    picked = [each for _, each in views if each is not None]
+    if not picked:
+        return clean
+    feats = torch.from_numpy(_padded([feats for feats, _ in views], 0, np.float32))
+    hidden = torch.from_numpy(_padded(picked, False, np.bool_))
+    return clean._replace(feats=feats, picked=hidden, targets=clean.feats if targets else None)
+
+
+def _padded(rows: Sequence[NDArray[Any]], fill: Any, kind: Any) -> NDArray[Any]:
+    """[n, ...] each to [B, longest, ...]; at least one place."""
+    out = np.full((len(rows), max(1, *map(len, rows)), *rows[0].shape[1:]), fill, dtype=kind)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return out
+
+
+def _column(values: Sequence[Any], kind: torch.dtype) -> Tensor | None:
+    """[B], or None where a sample says nothing."""
+    return None if values[0] is None else torch.tensor(values, dtype=kind)

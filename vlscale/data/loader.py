@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
@@ -15,28 +16,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlscale.data.collate import Sample, collate, pad_texts, stack_pictures
-from vlscale.data.decode import Pixels, resize
-from vlscale.data.order import Draws, Order
-from vlscale.data.samples import BrokenSampleError, captions, picture
+from vlscale.data.assemble import Assembler, Texts
+from vlscale.data.collate import Sample, collate
+from vlscale.data.order import Draws, Order, TaskOrder
+from vlscale.data.samples import Bad, BrokenSampleError
 from vlscale.data.shards import Shards
-from vlscale.data.text import Ids, Tokenizer, clean_caption
+from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
-from vlscale.types import Batch, Inputs, Text, Visual
+from vlscale.types import Batch, Inputs
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
-MAX_CACHED_TEXTS = 1 << 20  # samples whose token ids are kept, some 300 bytes each
 PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
 
 
-class Bad(NamedTuple):
-    """A sample that was skipped."""
+@dataclass(frozen=True)
+class Plan:
+    """What is made of the samples; the same on every rank."""
 
-    shard: str
-    key: str
-    reason: str
+    views: Mapping[str, Views]  # by task
+    tasks: TaskOrder
+    seed: int
+    max_words: int = 0  # of a caption; 0 = all
+    answers: Mapping[str, int] = field(default_factory=dict)  # their numbers, where questions are asked
+    fields: frozenset[str] = frozenset()  # of `Visual` that someone reads, beside features and boxes
 
 
 class _Loaded(NamedTuple):
@@ -47,92 +51,41 @@ class _Loaded(NamedTuple):
     error: str = ""
 
 
-class _Texts:
-    """The token ids of every caption of a sample, made once per process."""
-
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, max_words: int) -> None:
-        self._shards = shards
-        self._tokenizer = tokenizer
-        self._max_words = max_words
-        self._kept: dict[int, list[Ids]] = {}
-
-    def __call__(self, i: int) -> list[Ids]:
-        """One array [L] per caption. BrokenSampleError if the sample has none that is left after clean-up."""
-        texts = self._kept.get(i)
-        if texts is None:
-            texts = self._encode(i)
-            if len(self._kept) < MAX_CACHED_TEXTS:
-                self._kept[i] = texts
-        return texts
-
-    def _encode(self, i: int) -> list[Ids]:
-        cleaned = [clean_caption(caption, self._max_words) for caption in captions(self._shards, i)]
-        if not all(cleaned):
-            reason = "a caption holds nothing but punctuation; write a text or leave the sample out"
-            raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), reason)
-        return [self._tokenizer.encode(caption) for caption in cleaned]
-
-
 class _MicroBatches(Dataset[_Loaded]):
     """Micro-batch number m of this rank, as a function of m alone."""
 
-    def __init__(
-        self,
-        shards: Shards,
-        views: Views,
-        tokenizer: Tokenizer,
-        size: int,
-        seed: int,
-        max_words: int,
-        first: Callable[[int], int],
-        length: int,
-    ) -> None:
-        self.shards = shards
-        self.views = views
-        self.tokenizer = tokenizer
-        self.size = size
-        self.seed = seed
-        self.first = first
-        self.length = length
-        self.order = Order(len(shards), seed)
-        self.texts = _Texts(shards, tokenizer, max_words)
+    def __init__(self, assembler: Assembler, plan: Plan, place: _Place, num_samples: int, pad: int) -> None:
+        self.assembler = assembler
+        self.plan = plan
+        self.place = place
+        self.num_samples = num_samples
+        self.pad = pad
+        self.order = Order(num_samples, plan.seed)
 
     def __getitem__(self, number: int) -> _Loaded:
         """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
         bad: list[Bad] = []
-        draws = Draws(self.seed)
-        start = self.first(number)
+        draws = Draws(self.plan.seed)
+        start = self.place(number)
+        task = self.plan.tasks(number // self.place.per_step + 1)
+        views = self.plan.views[task]
         try:
-            samples = [self.sample(position, draws, bad) for position in range(start, start + self.length)]
-            return _Loaded(collate(samples, self.tokenizer.pad), tuple(bad))
+            positions = range(start, start + self.place.micro_batch)
+            samples = [self.sample(position, views, draws, bad) for position in positions]
+            return _Loaded(collate(samples, self.pad, task, "targets" in self.plan.fields), tuple(bad))
         except DataError as error:
             return _Loaded(None, tuple(bad), str(error))
 
-    def sample(self, position: int, draws: Draws, bad: list[Bad]) -> Sample:
+    def sample(self, position: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
         """The sample at `position`, or the next one that can be used, with the position's draws."""
         _, index = self.order(position)
         for i in range(index, index + MAX_BROKEN_IN_A_ROW):
             try:
-                return self._views_of(i % len(self.shards), position, draws)
+                return self.assembler(i % self.num_samples, views, partial(draws, position))
             except BrokenSampleError as error:
                 bad.append(Bad(str(error.shard), error.key, error.reason))
                 last = error
         raise DataError(f"{MAX_BROKEN_IN_A_ROW} samples in a row cannot be used; the last one: {last}")
-
-    def _views_of(self, i: int, position: int, draws: Draws) -> Sample:
-        texts = self.texts(i)
-        ids = texts[0]
-        if len(texts) > 1:  # one caption per access, drawn anew (ALBEF)
-            ids = texts[int(draws(position, "caption").integers(len(texts)))]
-        visual = {}
-        if self.views.visual:
-            pixels = picture(self.shards, i)
-            for name, view in self.views.visual.items():
-                visual[name] = view(pixels, self.size, draws(position, f"visual.{name}"))
-        text = {
-            name: view(ids, self.tokenizer, draws(position, f"text.{name}")) for name, view in self.views.text.items()
-        }
-        return Sample(i, self.shards.key(i), visual, text)
 
 
 class _Place:
@@ -156,28 +109,28 @@ class Loader:
     def __init__(
         self,
         shards: Shards,
-        views: Views,
         tokenizer: Tokenizer,
         inputs: Inputs,
+        plan: Plan,
         *,
         batch: int,
         micro_batch: int,
-        seed: int,
         rank: int,
         world: int,
         workers: int,
-        max_words: int,
     ) -> None:
         """`batch` counts the samples of a step over all ranks, `micro_batch` those of one forward pass.
 
-        With 0 `workers` a thread works ahead, else that many processes. `max_words` cuts captions (0 = not).
-        ConfigError if `batch` is no multiple of micro_batch * world; DataError if there are no samples.
+        With 0 `workers` a thread works ahead, else that many processes. ConfigError if `batch` is no multiple of
+        micro_batch * world; DataError if there are no samples.
         """
         check_batch(batch, micro_batch, world)
         self._place = _Place(batch, micro_batch, rank, world)
-        self._batches = _MicroBatches(
-            shards, views, tokenizer, inputs.image_size, seed, max_words, self._place, micro_batch
-        )
+        asks = any(views.answers for views in plan.views.values())
+        texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
+        assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields)
+        self._batches = _MicroBatches(assembler, plan, self._place, len(shards), tokenizer.pad)
+        self._seed = plan.seed
         self._workers = workers
         self._fingerprint = shards.fingerprint()
         self.num_samples = len(shards)
@@ -232,15 +185,15 @@ class Loader:
         return {
             "fingerprint": self._fingerprint,
             "num_samples": self.num_samples,
-            "seed": self._batches.seed,
+            "seed": self._seed,
             "bad_samples": self.bad_samples,
             "bad": [list(bad) for bad in self.bad],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`. DataError if the shards are others, ConfigError if the seed is."""
-        if state["seed"] != self._batches.seed:
-            raise ConfigError(f"seed={self._batches.seed} is not the run's; write seed={state['seed']}")
+        if state["seed"] != self._seed:
+            raise ConfigError(f"seed={self._seed} is not the run's; write seed={state['seed']}")
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
                 f"the shards of data.train ({self.num_samples} samples) are not those the run began with "
@@ -281,19 +234,7 @@ def _one_thread() -> None:
 
 def _pinned(loaded: _Loaded) -> _Loaded:
     """The same in page-locked memory, from which copies to the device run asynchronously."""
-    if loaded.batch is None:
-        return loaded
-
-    def pin(value: Tensor | None) -> Any:
-        return None if value is None else value.pin_memory()
-
-    batch = replace(
-        loaded.batch,
-        text={view: Text(*map(pin, fields)) for view, fields in loaded.batch.text.items()},
-        visual={view: Visual(*map(pin, fields)) for view, fields in loaded.batch.visual.items()},
-        pair_id=pin(loaded.batch.pair_id),
-    )
-    return loaded._replace(batch=batch)
+    return loaded if loaded.batch is None else loaded._replace(batch=loaded.batch.each(Tensor.pin_memory))
 
 
 class _Ahead(Iterator[_Loaded]):
@@ -332,68 +273,3 @@ class _Ahead(Iterator[_Loaded]):
         """Wait until the thread has finished the item it is at, and ended; not for ever, if a worker hangs."""
         self._stop.set()
         self._thread.join(PATIENCE)
-
-
-@dataclass(frozen=True)
-class RetrievalBatch:
-    """Pictures with all their captions. P pictures, C captions."""
-
-    visual: Visual  # uint8 [P, 3, H, W]
-    text: Text  # [C, L]
-    owner: Tensor  # [C] int64, the number of each caption's picture in the data set
-    index: Tensor  # [P] int64, the number of each picture in the data set
-    bad: tuple[Bad, ...] = ()  # skipped pictures
-
-
-def retrieval_batches(
-    shards: Shards,
-    tokenizer: Tokenizer,
-    inputs: Inputs,
-    *,
-    batch: int,
-    rank: int,
-    world: int,
-    max_words: int,
-    limit: int,
-) -> Iterator[RetrievalBatch]:
-    """This rank's part of the first `limit` pictures (0 = all), un-augmented, each with all its captions.
-
-    Rank r has the pictures r, r + world, ...; `batch` is the most pictures at a time. Every rank makes the
-    same number of batches, so that passes with messages between ranks stay in step, provided that `batch` is
-    above 1 and no rank is without pictures. A picture that cannot be used is left out and named in `bad`.
-    """
-    texts = _Texts(shards, tokenizer, max_words)
-    num_pictures = min(limit or len(shards), len(shards))
-    part = list(range(rank, num_pictures, world))
-    largest = -(-num_pictures // world)
-    num_batches = min(-(-largest // batch), len(part))
-    for n in range(num_batches):
-        pictures = part[n * len(part) // num_batches : (n + 1) * len(part) // num_batches]
-        made = _retrieval_batch(shards, texts, pictures, inputs.image_size, tokenizer.pad)
-        if made is not None:
-            yield made
-
-
-def _retrieval_batch(
-    shards: Shards, texts: _Texts, pictures: Sequence[int], size: int, pad: int
-) -> RetrievalBatch | None:
-    bad: list[Bad] = []
-    index: list[int] = []
-    pixels: list[Pixels] = []
-    rows: list[tuple[Ids, None]] = []
-    owner: list[int] = []
-    for i in pictures:
-        try:
-            ids, shown = texts(i), resize(picture(shards, i), size, size)
-        except BrokenSampleError as error:
-            bad.append(Bad(str(error.shard), error.key, error.reason))
-            continue
-        index.append(i)
-        pixels.append(shown)
-        rows.extend((row, None) for row in ids)
-        owner.extend([i] * len(ids))
-    if not index:
-        return None
-    return RetrievalBatch(
-        stack_pictures(pixels), pad_texts(rows, pad), torch.tensor(owner), torch.tensor(index), tuple(bad)
-    )

@@ -7,6 +7,7 @@ an order of its own; step s takes the positions [s*batch, (s+1)*batch), across e
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -33,6 +34,23 @@ class Order:
             permutation = generator.permutation(self.num_samples)
             self._current = (epoch, permutation)
         return epoch, int(permutation[place])
+
+
+class TaskOrder:
+    """Which task a step trains, drawn by shares from (seed, step): the same everywhere without a message."""
+
+    def __init__(self, shares: Mapping[str, float], seed: int) -> None:
+        """{task: chance against the others}, all above 0."""
+        self._names = list(shares)
+        chances = np.array(list(shares.values()), dtype=np.float64)
+        self._chances = chances / chances.sum()
+        self._seed = seed
+
+    def __call__(self, step: int) -> str:
+        """The task of optimizer step `step`, from 1."""
+        if len(self._names) == 1:
+            return self._names[0]
+        return self._names[int(np.random.default_rng([self._seed, step]).choice(len(self._names), p=self._chances))]
 
 
 class Draws:

@@ -1,4 +1,5 @@
-"""Seeded views of a sample: what is done to the picture and to the text before the model sees them.
+"""Seeded views of a sample: what is done to the picture and to the text before the model sees them, and which text
+and which picture stand together.
 
 Every operation is a frozen dataclass of its options, applied by calling it with a generator of the sample's
 own, so that the result depends on the sample and its position only. Pictures are uint8 RGB [H, W, 3], texts
@@ -7,11 +8,13 @@ int64 [L].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 
 from vlscale.data.augment import (
     Blur,
@@ -21,9 +24,11 @@ from vlscale.data.augment import (
     OptionError,
     RandAugment,
     RandomResizedCrop,
+    require,
 )
 from vlscale.data.decode import Pixels, resize
 from vlscale.data.masking import Ids, MaskTokens, Vocabulary
+from vlscale.data.regions import Floats, MaskRegions
 from vlscale.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
@@ -51,6 +56,19 @@ class VisualView:
 
 
 @dataclass(frozen=True)
+class RegionView:
+    """One view of a detector's regions: as they are, or some of them hidden."""
+
+    mask_regions: MaskRegions | None = None
+
+    def __call__(
+        self, feats: Floats, other: Callable[[Generator], Floats | None], rng: Generator
+    ) -> tuple[Floats, NDArray[np.bool_] | None]:
+        """(features [R, F], picked [R] or None where nothing is hidden)."""
+        return self.mask_regions(feats, other, rng) if self.mask_regions else (feats, None)
+
+
+@dataclass(frozen=True)
 class TextView:
     """One view of the captions: as they are, or masked."""
 
@@ -62,38 +80,86 @@ class TextView:
 
 
 @dataclass(frozen=True)
+class Mismatch:
+    """With probability `prob` the text, or the picture, is that of another sample, drawn from all others.
+
+    `labels` blanked: such a pair restores neither words nor regions (ViLBERT's --objective 1); LXMERT, ViLBERT
+    and SOHO replace the text and keep the labels, UNITER replaces the picture.
+    """
+
+    prob: float = 0.5
+    replace: Literal["text", "picture"] = "text"
+    labels: Literal["kept", "blanked"] = "kept"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.prob <= 1, "prob", "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class SwapTags:
+    """With probability `tags` the tags, with `words` the words, are those of another picture.
+
+    `source` of foreign tags: another picture's tags, or with equal chance its words (the released OSCAR).
+    OSCAR: tags 0.5, either; OSCAR+: tags 0.25 and words 0.25.
+    """
+
+    tags: float = 0.5
+    words: float = 0.0
+    source: Literal["tags", "either"] = "tags"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.tags <= 1, "tags", "a number in [0, 1]")
+        rest = round(1 - self.tags, 9)
+        require(0 <= self.words <= rest, "words", f"a number in [0, {rest:g}]")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A sample's questions stand beside its captions, one of all drawn per access (LXMERT)."""
+
+
+@dataclass(frozen=True)
 class Views:
-    """The views that a run builds of every sample, by name (`clean`, `masked`, `augmented`)."""
+    """The views that a task builds of every sample, by name (`clean`, `masked`, `augmented`), and its pairs."""
 
     visual: Mapping[str, VisualView] = field(default_factory=dict)
+    regions: Mapping[str, RegionView] = field(default_factory=dict)  # in the place of `visual`, of such families
     text: Mapping[str, TextView] = field(default_factory=dict)
-
-    def names(self) -> frozenset[str]:
-        """As written in a recipe: `visual.clean`, `text.masked`."""
-        return frozenset([f"visual.{name}" for name in self.visual] + [f"text.{name}" for name in self.text])
+    mismatch: Mismatch | None = None
+    swap_tags: SwapTags | None = None
+    answers: Answers | None = None
 
 
 VIEW_NAMES = ("clean", "masked", "augmented")
+PAIRS = {"mismatch": Mismatch, "swap_tags": SwapTags, "answers": Answers}
 
 
-def parse(views: Mapping[str, Mapping[str, Mapping[str, Any] | None] | None]) -> Views:
-    """A recipe's `views` as operations.
+def parse(views: Mapping[str, Mapping[str, Any] | None], regions: bool = False) -> Views:
+    """A recipe's `views` as operations; `regions`: of a family that reads them.
 
-    {"text.masked": {"mask_tokens": {"prob": 0.15}}, "visual.clean": {}}: a name is the modality and the view,
-    each operation has its options, and what is not written has its default. ConfigError names the wrong key.
+    {"text.masked": {"mask_tokens": {"prob": 0.15}}, "visual.clean": {}, "pairs.mismatch": {"prob": 0.5}}: a name
+    is the modality and the view, each operation has its options, and what is not written has its default.
+    ConfigError names the wrong key.
     """
     visual: dict[str, VisualView] = {}
+    seen: dict[str, RegionView] = {}
     text: dict[str, TextView] = {}
+    pairs: dict[str, Any] = {}
     known = [f"{modality}.{view}" for modality in ("visual", "text") for view in VIEW_NAMES]
+    known += [f"pairs.{name}" for name in PAIRS]
     for name, operations in views.items():
         if name not in known:
             raise ConfigError(f"views.{name} is not a view{did_you_mean(str(name), known)}")
         modality, _, view = name.partition(".")
-        if modality == "visual":
+        if modality == "visual" and regions:
+            seen[view] = _build(RegionView, operations, f"views.{name}", "operation")
+        elif modality == "visual":
             visual[view] = _build(VisualView, operations, f"views.{name}", "operation")
-        else:
+        elif modality == "text":
             text[view] = _build(TextView, operations, f"views.{name}", "operation")
-    return Views(visual, text)
+        else:
+            pairs[view] = _build(PAIRS[view], operations, f"views.{name}", "option")
+    return Views(visual, seen, text, **pairs)
 
 
 def _build(kind: type[T], options: Any, where: str, noun: str) -> T:
@@ -131,5 +197,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint == tuple[float, float] and isinstance(value, list | tuple) and len(value) == 2:
         return tuple(_value(float, part, where) for part in value)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ConfigError(f"{where}: should be {' or '.join(map(str, get_args(hint)))} (got {value!r})")
     expected = {bool: "true or false", int: "a whole number", float: "a number"}
     raise ConfigError(f"{where}: should be {expected.get(hint, 'a list of two numbers')} (got {value!r})")

@@ -47,6 +47,8 @@ class Config:
             feats=self.feats,
             boxes=self.boxes,
             classes=self.classes,
+            geometry="corners_size",
+            tags=True,
         )
 
 

@@ -55,7 +55,7 @@ class Config:
     @property
     def inputs(self) -> Inputs:
         """What the data plane feeds this family."""
-        return Inputs(0, self.text_length, True, self.regions, self.feats, BOXES, self.classes)
+        return Inputs(0, self.text_length, True, self.regions, self.feats, BOXES, self.classes, "corners_area")
 
 
 class Vilbert(Family):

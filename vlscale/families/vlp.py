@@ -53,6 +53,8 @@ class Config:
             feats=self.feats,
             boxes=self.boxes,
             classes=self.classes,
+            geometry="extent_area_score",
+            fields=frozenset({"class_probs", "class_confidence"}),
         )
 
 

@@ -38,7 +38,7 @@ class Sizes:
     @property
     def inputs(self) -> Inputs:
         """What the data plane feeds this network."""
-        return Inputs(0, self.text_length, True, self.regions, self.feats, self.boxes, self.classes)
+        return Inputs(0, self.text_length, True, self.regions, self.feats, self.boxes, self.classes, "corners")
 
     def fault(self) -> str | None:
         """What is wrong with these sizes, if anything is."""

@@ -35,7 +35,7 @@ class Answer(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
-        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", "pairs.answers"})
         self.head = AnswerHead(family.dims.pooled or family.dims.fused, config.answers)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:

@@ -98,7 +98,10 @@ class Objective(nn.Module):
     needs: frozenset[str] = frozenset()  # what it asks of a family: text, visual, fuse, embed, ...
     momentum: bool = False  # whether it asks `enc.momentum`
     whole: bool = False  # whether it looks at the step's whole batch (`scope: global`): `share` then gives something
-    views: frozenset[str] = frozenset()  # of: text.clean, text.masked, visual.clean, ...
+    # of: text.clean, text.masked, visual.clean, ...; and pairs.mismatch, pairs.swap_tags, pairs.answers: what a batch
+    # holds of mismatched pairs, foreign tags and answered questions
+    views: frozenset[str] = frozenset()
+    fields: frozenset[str] = frozenset()  # of `Visual`, what a detector must have said: classes, class_probs, ...
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
         """What every rank and micro-batch needs of this one, [b, ...] each, of the same shape everywhere.

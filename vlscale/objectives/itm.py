@@ -36,19 +36,20 @@ class Itm(Objective):
     """Hard: a true pair among three, each text with a wrong picture, each picture with a wrong text.
     Loader: the batch's own pairs (ViLBERT, LXMERT, UNITER)."""
 
-    needs = frozenset({"text", "visual", "embed", "fuse"})
+    needs = frozenset({"text", "visual", "fuse"})  # and with hard negatives: embed
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
         self.config = config
         self.weight = config.weight
         self.hard = config.negatives == "hard"
-        if not self.hard:
-            self.needs = frozenset({"text", "visual", "fuse"})
+        if self.hard:
+            self.needs = frozenset({"text", "visual", "fuse", "embed"})
         self.momentum = self.hard and config.keys == "momentum"
         self.whole = self.hard and config.scope == "global"
         self.twin_view = (config.momentum_visual or config.visual) if self.momentum else config.visual
-        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"})
+        views = {f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"}
+        self.views = frozenset(views if self.hard else views | {"pairs.mismatch"})
         self.embed = family.dims.embed
         self.head = nn.Linear(family.dims.pooled or family.dims.fused, 2)  # column 1 = match
 

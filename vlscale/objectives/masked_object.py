@@ -16,6 +16,11 @@ from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
 from vlscale.types import Batch, Loss, Visual
 
 PARTS = ("objects", "attributes", "features")
+READ = {
+    "objects": {"classes", "class_confidence"},
+    "attributes": {"attributes", "attribute_confidence"},
+    "features": {"targets"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class MaskedObject(Objective):
             )
         self.config = config
         self.weight = config.weight
+        self.fields = frozenset().union(*(READ[part] for part in config.parts))
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         sizes = (family.dims.classes, config.attribute_classes, family.dims.feats)
         outputs = {part: size for part, size in zip(PARTS, sizes, strict=True) if part in config.parts}

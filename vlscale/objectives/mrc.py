@@ -35,6 +35,7 @@ class Mrc(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
+        self.fields = frozenset({"classes" if config.labels == "detector" else "class_probs"})
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         self.head = RegionHead(family.dims.visual, family.dims.classes)
 

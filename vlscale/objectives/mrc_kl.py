@@ -30,6 +30,7 @@ class Config:
 class MrcKl(Objective):
     """What the detector saw in a hidden region, as its whole distribution (background counted where it has one)."""
 
+    fields = frozenset({"class_probs"})
     needs = frozenset({"text", "visual", "fuse", "regions"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -30,6 +30,7 @@ class Config:
 class Mrfr(Objective):
     """The detector's features of a hidden region, from the other regions and the words."""
 
+    fields = frozenset({"targets"})
     needs = frozenset({"text", "visual", "fuse", "regions"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -42,6 +42,7 @@ class MrmNce(Objective):
     `region_nce` is another loss: it compares states with the twin's of earlier steps.
     """
 
+    fields = frozenset({"targets"})
     needs = frozenset({"text", "visual", "fuse", "regions"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vlscale.errors import ConfigError
 from vlscale.nn.queue import QueueOptions
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
-from vlscale.types import Batch, Keys, Loss, Visual
+from vlscale.types import Batch, Keys, Loss, Visual, lengthened
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class RegionNce(Objective):
         self.config = config
         self.weight = config.weight
         self.width = family.dims.visual
+        self.regions = family.inputs.regions  # of every picture: as many rows on each rank
         views = {f"visual.{config.visual}", f"visual.{config.momentum_visual}"}
         self.views = frozenset({f"text.{config.text}", *views})
 
@@ -77,7 +78,7 @@ class RegionNce(Objective):
     def keys(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...]) -> Mapping[str, Keys]:
         """The twin's states, picture by picture."""
         keys = self._states(enc.momentum, self.config.momentum_visual)
-        real = _real(batch.visual[self.config.momentum_visual])
+        real = self._real(batch.visual[self.config.momentum_visual])
         pictures, regions = real.shape
         places = torch.arange(regions, device=keys.device).expand(pictures, -1)
         found = (~real).int().argsort(dim=1, stable=True)  # real regions first
@@ -95,29 +96,33 @@ class RegionNce(Objective):
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The similarities to the queue."""
-        rows = _real(batch.visual[self.config.visual]).numel()
+        rows = len(batch) * self.regions  # padding asks too
         return 2 * rows * self.config.queue * self.width, 0
 
     def _counted(self, batch: Batch) -> Tensor:
         """[B, R] bool."""
         visual = batch.visual[self.config.visual]
         if self.config.regions == "all":
-            return _real(visual)
+            return self._real(visual)
         assert visual.picked is not None, "the masked view says which regions are hidden"
-        return visual.picked & _real(visual)
+        return self._filled(visual.picked) & self._real(visual)
 
     def _states(self, enc: EncodingsLike, visual: str) -> Tensor:
-        """[B * R, D] fp32, unit length."""
+        """[B * R, D] fp32, unit length; R is the family's greatest number of regions."""
         states = enc.fused(self.config.text, visual).visual
         assert states is not None, "a family that offers `regions` fills Fused.visual"
-        return F.normalize(states.float().flatten(0, 1), dim=1)
+        return F.normalize(self._filled(states).float().flatten(0, 1), dim=1)
 
+    def _real(self, visual: Visual) -> Tensor:
+        """[B, R] bool, True = a region, False = padding."""
+        if visual.mask is not None:
+            return self._filled(visual.mask)
+        real = torch.ones(visual.feats.shape[:2], dtype=torch.bool, device=visual.feats.device)
+        return self._filled(real)
 
-def _real(visual: Visual) -> Tensor:
-    """[B, R] bool, True = a region, False = padding."""
-    if visual.mask is not None:
-        return visual.mask
-    return torch.ones(visual.feats.shape[:2], dtype=torch.bool, device=visual.feats.device)
+    def _filled(self, rows: Tensor) -> Tensor:
+        """[B, R, ...] with as many regions on every rank."""
+        return lengthened(rows, max(self.regions, rows.shape[1]))
 
 
 build = RegionNce

@@ -41,7 +41,7 @@ class TagContrast(Objective):
             raise ConfigError(f"objectives.tag_contrast.classes is {config.classes}; write 2 (OSCAR) or 3 (OSCAR+)")
         self.config = config
         self.weight = config.weight
-        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", "pairs.swap_tags"})
         self.head = nn.Linear(family.dims.pooled or family.dims.fused, config.classes)  # column 0 = all its own
         self.head.apply(init_normal)
 

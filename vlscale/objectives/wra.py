@@ -49,7 +49,7 @@ class Wra(Objective):
         super().__init__()
         self.config = config
         self.weight = config.weight
-        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
+        self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", "pairs.mismatch"})
         self.width = family.dims.visual
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:

@@ -1,0 +1,194 @@
+"""One sample in all its views: which text and which picture stand together, and what is hidden of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from vlscale.data import tags as tag_data
+from vlscale.data.answers import normal_answer
+from vlscale.data.collate import RegionSample, Sample
+from vlscale.data.masking import Ids
+from vlscale.data.regions import PLACES, Floats, Regions
+from vlscale.data.samples import BrokenSampleError, picture, regions, sentences, tags
+from vlscale.data.shards import Shards
+from vlscale.data.text import Tokenizer, clean_caption
+from vlscale.data.views import Views
+from vlscale.types import IGNORE, Inputs
+
+MAX_CACHED_TEXTS = 1 << 20  # samples whose token ids are kept, some 300 bytes each
+Draw = Callable[[str], Generator]  # the sample's generator for one purpose, such as `text.masked`
+
+
+class Phrase(NamedTuple):
+    """A caption, or a question."""
+
+    ids: Ids  # [L]
+    answer: int  # its number; IGNORE of a caption, and of an answer that is in no list
+
+
+class Texts:
+    """The token ids of every text of a sample, made once per process."""
+
+    def __init__(self, shards: Shards, tokenizer: Tokenizer, max_words: int, answers: Mapping[str, int] | None) -> None:
+        """`answers` numbers the answers that count; None = questions are left out."""
+        self._shards = shards
+        self._tokenizer = tokenizer
+        self._max_words = max_words
+        self._answers = answers
+        self._kept: dict[int, list[Phrase]] = {}
+        self._tags: dict[int, Ids] = {}
+
+    def __call__(self, i: int) -> list[Phrase]:
+        """Captions, then questions. BrokenSampleError if the sample has no text that is left after clean-up."""
+        texts = self._kept.get(i)
+        if texts is None:
+            texts = self._encode(i)
+            if len(self._kept) < MAX_CACHED_TEXTS:
+                self._kept[i] = texts
+        return texts
+
+    def tags(self, i: int) -> Ids:
+        """[CLS] names of the objects [SEP]; nothing between where none is named."""
+        if i not in self._tags and len(self._tags) >= MAX_CACHED_TEXTS:
+            return self._encode_tags(i)
+        if i not in self._tags:
+            self._tags[i] = self._encode_tags(i)
+        return self._tags[i]
+
+    def _encode(self, i: int) -> list[Phrase]:
+        found = sentences(self._shards, i, self._answers is not None)
+        cleaned = [clean_caption(sentence.text, self._max_words) for sentence in found]
+        if not all(cleaned):
+            reason = "a caption holds nothing but punctuation; write a text or leave the sample out"
+            raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), reason)
+        return [
+            Phrase(self._tokenizer.encode(text), self._number(sentence.answer))
+            for text, sentence in zip(cleaned, found, strict=True)
+        ]
+
+    def _encode_tags(self, i: int) -> Ids:
+        return self._tokenizer.encode(clean_caption(tags(self._shards, i), 0))
+
+    def _number(self, answer: str | None) -> int:
+        if answer is None or self._answers is None:
+            return IGNORE
+        return self._answers.get(normal_answer(answer), IGNORE)
+
+
+class Pair(NamedTuple):
+    """Which samples a pair is made of."""
+
+    words: int  # whose words
+    tags: int  # whose tags; -1 = the words of `foreign` in their place
+    picture: int  # whose picture
+    foreign: int  # the other sample that was drawn, or the sample itself
+    matched: bool
+    swapped: int  # 0 = all its own, 1 = foreign tags, 2 = foreign words
+
+
+class Assembler:
+    """Samples of one data set for one family."""
+
+    def __init__(
+        self, shards: Shards, inputs: Inputs, tokenizer: Tokenizer, texts: Texts, fields: frozenset[str]
+    ) -> None:
+        """`fields` of `Visual` are those that someone reads, beside features and boxes."""
+        self._shards = shards
+        self._inputs = inputs
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._fields = fields
+
+    def __call__(self, i: int, views: Views, draw: Draw) -> Sample:
+        """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with."""
+        pair = self._pair(i, views, draw)
+        phrase = self._phrase(pair.words, "caption", draw)
+        ids, segments = phrase.ids, None
+        if self._inputs.tags:
+            named = self._phrase(pair.foreign, "tags", draw).ids if pair.tags < 0 else self._texts.tags(pair.tags)
+            ids, segments = tag_data.join(ids, named, self._inputs.text_length)
+        text = {name: view(ids, self._tokenizer, draw(f"text.{name}")) for name, view in views.text.items()}
+        seen = self._regions(pair.picture, views, draw) if views.regions else None
+        if views.mismatch and views.mismatch.labels == "blanked" and not pair.matched:
+            text, seen = _blanked(text, seen)
+        return Sample(
+            index=i,
+            key=self._shards.key(i),
+            text=text,
+            visual=self._pictures(pair.picture, views, draw) if views.visual else {},
+            regions=seen,
+            segments=segments,
+            matched=pair.matched if views.mismatch else None,
+            tags_swapped=pair.swapped if views.swap_tags else None,
+            answer=(phrase.answer if pair.matched else IGNORE) if views.answers else None,
+        )
+
+    def _pair(self, i: int, views: Views, draw: Draw) -> Pair:
+        pair = Pair(i, i, i, i, matched=True, swapped=0)
+        if views.mismatch:
+            rng = draw("pairs.mismatch")
+            if rng.random() < views.mismatch.prob:
+                other = self._other(i, rng)
+                part = {"words": other, "tags": other} if views.mismatch.replace == "text" else {"picture": other}
+                pair = pair._replace(foreign=other, matched=False, **part)
+        if views.swap_tags:
+            swap, rng = views.swap_tags, draw("pairs.swap_tags")
+            chance, either = rng.random(2).tolist()
+            if chance < swap.words:
+                other = self._other(i, rng)
+                pair = pair._replace(words=other, foreign=other, swapped=2)
+            elif chance < swap.words + swap.tags:
+                other = self._other(i, rng)
+                sentence = swap.source == "either" and either < 0.5
+                pair = pair._replace(tags=-1 if sentence else other, foreign=other, swapped=1)
+        return pair
+
+    def _other(self, i: int, rng: Generator) -> int:
+        """Any sample but `i`, uniformly; `i` itself in a data set of one."""
+        drawn = int(rng.integers(max(1, len(self._shards) - 1)))
+        return (drawn + (drawn >= i)) % len(self._shards)
+
+    def _phrase(self, i: int, stream: str, draw: Draw) -> Phrase:
+        """One of the sample's texts per access, drawn anew (ALBEF)."""
+        texts = self._texts(i)
+        return texts[int(draw(stream).integers(len(texts)))] if len(texts) > 1 else texts[0]
+
+    def _pictures(self, i: int, views: Views, draw: Draw) -> dict[str, NDArray[np.uint8]]:
+        pixels = picture(self._shards, i)
+        size = self._inputs.image_size
+        return {name: view(pixels, size, draw(f"visual.{name}")) for name, view in views.visual.items()}
+
+    def _regions(self, i: int, views: Views, draw: Draw) -> RegionSample:
+        assert self._inputs.geometry, "a family that reads regions says how their places are told"
+        found = self._found(i)
+
+        def other(rng: Generator) -> Floats | None:
+            """The feature of a region of another picture (LXMERT draws it from the whole data set)."""
+            feats = self._found(self._other(i, rng)).feats
+            return feats[rng.integers(len(feats))] if len(feats) else None
+
+        shown = {name: view(found.feats, other, draw(f"visual.{name}")) for name, view in views.regions.items()}
+        return RegionSample(found.feats, PLACES[self._inputs.geometry](found), found.fields, shown)
+
+    def _found(self, i: int) -> Regions:
+        return regions(self._shards, i, self._inputs.regions, self._inputs.feats, self._fields)
+
+
+def _blanked(
+    text: dict[str, tuple[Ids, Ids | None]], seen: RegionSample | None
+) -> tuple[dict[str, tuple[Ids, Ids | None]], RegionSample | None]:
+    """The same with nothing left to restore."""
+    silent = {
+        name: (ids, None if labels is None else np.full_like(labels, IGNORE)) for name, (ids, labels) in text.items()
+    }
+    if seen is None:
+        return silent, None
+    shown = {
+        name: (feats, None if picked is None else np.zeros_like(picked)) for name, (feats, picked) in seen.views.items()
+    }
+    return silent, seen._replace(views=shown)
