@@ -6,6 +6,7 @@
     python launchers/shards.py index 'shards/*.tar'
     python launchers/shards.py verify 'shards/*.tar' --json report.json
     python launchers/shards.py describe 'shards/*.tar'
+    python launchers/shards.py regions 'shards/*.tar' --detector detr-resnet-50 --to shards_with_regions
 
 `python launchers/shards.py COMMAND --help` lists the options of a command.
 """
@@ -142,6 +143,31 @@ def describe(argv: list[str]) -> int:
     return DONE
 
 
+def regions(argv: list[str]) -> int:
+    """Copy shards of pictures and add regions.npz and tags, by an object detector from a local folder."""
+    parser = _parser("regions", regions.__doc__)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    parser.add_argument("--detector", type=Path, required=True, metavar="FOLDER", help="a detector of transformers")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the copies")
+    for name, kind, default, text in (
+        ("--regions", int, 36, "regions of a picture at most"),
+        ("--threshold", float, 0.2, "least confidence of a region; the surest 10 stay in any case"),
+        ("--batch", int, 8, "pictures per forward pass"),
+    ):
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
+    options = _parse(parser, argv)
+
+    from vlscale.data import detect
+    from vlscale.data.shards import Shards
+
+    choice = detect.Choice(options.regions, options.threshold)
+    shards = Shards(options.shards)
+    detector = detect.Detector(options.detector, options.device)
+    return _told(detect.add_regions(shards, options.to, detector, choice, options.batch, options.dtype))
+
+
 def _words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {number:g}" for name, number in value.items())
@@ -153,6 +179,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "index": index,
     "verify": verify,
     "describe": describe,
+    "regions": regions,
 }
 
 

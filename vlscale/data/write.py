@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from tqdm import tqdm
 
 from vlscale.data.detections import Detections, write_regions
-from vlscale.data.shards import load_index
+from vlscale.data.shards import Shards, load_index
 from vlscale.errors import ConfigError, DataError
 
 AHEAD = 4  # items that each process has been given beyond what was written
@@ -51,13 +51,13 @@ class Written(NamedTuple):
     shards: list[Path]
     samples: int
     broken: int
-    named: list[tuple[str, str]]  # (name, reason) of the first broken ones
+    named: list[tuple[str, str]]  # (key, reason) of the first broken ones
 
 
 class Member(NamedTuple):
     """A sample as bytes, or why there is none."""
 
-    name: str
+    key: str
     fields: dict[str, bytes]
     reason: str = ""
 
@@ -113,9 +113,9 @@ class _Job:
     def __call__(self, named: tuple[str, Any]) -> Member:
         name, item = named
         try:
-            return Member(name, encode(self.source.sample(name, item), self.dtype))
+            return Member(key_of(name), encode(self.source.sample(name, item), self.dtype))
         except ValueError as error:
-            return Member(name, {}, str(error))
+            return Member(key_of(name), {}, str(error))
 
 
 def _in_order(job: Callable[[_Item], Member], items: Iterable[_Item], processes: int) -> Iterator[Member]:
@@ -141,7 +141,21 @@ def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
 
 def write(members: Iterable[Member], layout: Layout, named: int = 10) -> Written:
     """Write members that are bytes already; see `make`."""
+    _make_folder(layout.folder)
     _require_free(layout)
+    written = _write_all(members, layout, named)
+    if not written.samples:
+        raise DataError(_nothing(written.broken, written.named))
+    return written
+
+
+def _nothing(broken: int, named: Sequence[tuple[str, str]]) -> str:
+    why = f"all {broken} are broken; the first, '{named[0][0]}': {named[0][1]}" if named else "there is none"
+    return f"no sample could be written: {why}"
+
+
+def _write_all(members: Iterable[Member], layout: Layout, named: int, name: str = "") -> Written:
+    """Into a scratch folder, then into place; the only shard under `name`, if one is given."""
     broken, first = 0, list[tuple[str, str]]()
     with _Scratch(layout.folder) as scratch:
         writer = _Writer(scratch, layout)
@@ -150,13 +164,10 @@ def write(members: Iterable[Member], layout: Layout, named: int = 10) -> Written
                 reason = member.reason or writer.add(member)
                 broken += bool(reason)
                 if reason and len(first) < named:
-                    first.append((member.name, reason))
+                    first.append((member.key, reason))
                 progress.update()
         writer.close()
-        if not writer.samples:
-            why = f"all {broken} are broken; the first, '{first[0][0]}': {first[0][1]}" if first else "there is none"
-            raise DataError(f"no sample could be written: {why}")
-        shards = [layout.folder / path.name for path in writer.paths]
+        shards = [layout.folder / (name or path.name) for path in writer.paths]
         for old, new in zip(writer.paths, shards, strict=True):
             os.replace(old, new)
     for shard in shards:
@@ -164,11 +175,42 @@ def write(members: Iterable[Member], layout: Layout, named: int = 10) -> Written
     return Written(shards, writer.samples, broken, first)
 
 
-def _require_free(layout: Layout) -> None:
+def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Member]], named: int = 10) -> Written:
+    """Copies of `shards` in `folder`, shard by shard and under the same names, of what `change` makes of their samples.
+
+    `change` is given the numbers of a shard's samples. Each copy is written whole or not at all; the rest is as in
+    `make`.
+    """
+    _make_folder(folder)
+    names = [path.name for path in shards.paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"two shards are named {twice}; write their copies to two folders")
+    if there := [folder / name for name in names if (folder / name).exists()]:
+        raise ConfigError(f"{there[0]} is there already; write another --to, or remove the old shards")
+    done: list[Written] = []
+    for number, path in enumerate(shards.paths):
+        samples = range(shards.start(number), shards.start(number + 1))
+        layout = Layout(folder, "shard", samples=max(1, len(samples)))
+        done.append(_write_all(change(samples), layout, named, path.name))
+    if not sum(each.samples for each in done):
+        raise DataError(_nothing(sum(each.broken for each in done), [pair for each in done for pair in each.named]))
+    return Written(
+        [path for each in done for path in each.shards],
+        sum(each.samples for each in done),
+        sum(each.broken for each in done),
+        [pair for each in done for pair in each.named][:named],
+    )
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        layout.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--to {layout.folder} cannot be made ({error.strerror}); write a folder that can") from error
+        raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); write a folder that can") from error
+
+
+def _require_free(layout: Layout) -> None:
     there = sorted(layout.folder.glob(f"{layout.prefix}-[0-9]*.tar"))
     if there:
         raise ConfigError(f"{there[0]} is there already; write another --to or --prefix, or remove the old shards")
@@ -206,10 +248,9 @@ class _Writer:
 
     def add(self, member: Member) -> str:
         """Write a sample; returns why not, if so."""
-        key = key_of(member.name)
-        if key in self._keys:
-            return f"its key '{key}' is that of an earlier one"
-        self._keys.add(key)
+        if member.key in self._keys:
+            return f"its key '{member.key}' is that of an earlier one"
+        self._keys.add(member.key)
         size = sum(map(len, member.fields.values()))
         if self._tar and (self._within >= self.layout.samples or self._full(size)):
             self.close()
@@ -218,7 +259,7 @@ class _Writer:
             self._tar = tarfile.TarFile(self.paths[-1], "w", format=tarfile.GNU_FORMAT)  # names of any length
             self._within = 0
         for name, data in member.fields.items():
-            _add(self._tar, f"{key}.{name}", data)
+            _add(self._tar, f"{member.key}.{name}", data)
         self._within += 1
         self.samples += 1
         return ""
