@@ -159,7 +159,7 @@ def _first(record: Record, names: tuple[str, ...]) -> Any:
 
 
 def _from_table(texts: Texts, lines: Iterable[str], separator: str) -> None:
-    """With a heading that names its columns, or without: picture, caption (and OSCAR's corpus: id, id, text)."""
+    """With a heading that names its columns, or without: picture, caption; or OSCAR's corpus (coco_7, coco_7, text)."""
     quoted = separator == ","  # in a TSV a quotation mark is a letter
     rows = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     first = next(rows, [])
@@ -168,7 +168,8 @@ def _from_table(texts: Texts, lines: Iterable[str], separator: str) -> None:
         _from_records(texts, (dict(zip(heading, row, strict=False)) for row in rows))
         return
     for row in chain([first], rows):
-        if len(row) >= 2:
-            name = re.sub(r"#\w+$", "", row[0])  # Flickr's `1000.jpg#0`
-            is_corpus = len(row) == 3 and row[0].split("_")[0] == row[1].split("_")[0]
-            texts.add(name, [row[2] if is_corpus else row[1]])
+        if len(row) == 3 and row[0].split("_")[0] == row[1].split("_")[0]:
+            if "qa" not in row[1].split("_"):  # a question, whose answer is in another file
+                texts.add(row[0].rsplit("_", 1)[-1], [row[2]])
+        elif len(row) >= 2:
+            texts.add(re.sub(r"#\w+$", "", row[0]), [row[1]])  # Flickr's `1000.jpg#0`
