@@ -100,5 +100,5 @@ def test_a_family_of_regions_needs_shards_with_regions() -> None:
     tree["data"] |= {"train": [str(path) for path in scenes.ensure().train]}
     tree.pop("recipe")
     request = build.Request(config.from_tree("mine", tree), "ds_configs/zero2.json", None)
-    with pytest.raises(DataError, match="has no 'regions.npz' but png, json; `launchers/shards.py regions` adds one"):
+    with pytest.raises(DataError, match=r"has no 'regions.npz' but png, json; `launchers/shards.py regions` adds one"):
         build.setup(request)

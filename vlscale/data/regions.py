@@ -49,7 +49,7 @@ def parse(data: bytes, most: int, wanted: frozenset[str], size: tuple[float, flo
             arrays = {name: file[name] for name in file.files if name in wanted or name in _ALWAYS}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot be read as npz ({error})") from error
-    missing = sorted({"features", "boxes", *wanted.intersection(FIELDS)} - set(arrays))
+    missing = [name for name in ("features", "boxes", *sorted(wanted.intersection(FIELDS))) if name not in arrays]
     if missing:
         raise ValueError(f"lacks '{missing[0]}'")
     if "width" in arrays and "height" in arrays:

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests.shard_files import shared
+from vlscale.data.collate import RegionSample, stack_regions
+from vlscale.data.regions import PLACES, MaskRegions, Regions, parse
+from vlscale.types import Geometry
+
+SIZE = (200.0, 100.0)
+BOXES = np.array([[20, 10, 60, 50], [100, 0, 200, 100]], dtype=np.float32)
+
+
+def found(boxes: Any = BOXES, size: tuple[float, float] = SIZE, **fields: Any) -> Regions:
+    boxes = np.asarray(boxes, dtype=np.float32)
+    return Regions(np.ones((len(boxes), 3), dtype=np.float32), boxes, size, fields)
+
+
+def npz(**arrays: Any) -> bytes:
+    buffer = BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("geometry", "expected"),
+    [
+        ("corners", [[0.1, 0.1, 0.3, 0.5], [0.5, 0.0, 1.0, 1.0]]),
+        ("corners_area", [[0.1, 0.1, 0.3, 0.5, 0.08], [0.5, 0.0, 1.0, 1.0, 0.5]]),
+        ("corners_size", [[0.1, 0.1, 0.3, 0.5, 0.2, 0.4], [0.5, 0.0, 1.0, 1.0, 0.5, 1.0]]),
+        ("corners_size_area", [[0.1, 0.1, 0.3, 0.5, 0.2, 0.4, 0.08], [0.5, 0.0, 1.0, 1.0, 0.5, 1.0, 0.5]]),
+        # the greatest corner is the picture's here
+        ("extent_area_score", [[0.1, 0.1, 0.3, 0.5, 0.08, 0.9], [0.5, 0.0, 1.0, 1.0, 0.5, 0.4]]),
+    ],
+)
+def test_places(geometry: Geometry, expected: list[list[float]]) -> None:
+    places = PLACES[geometry](found(class_confidence=np.array([0.9, 0.4], dtype=np.float32)))
+    assert places.dtype == np.float32
+    np.testing.assert_allclose(places, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("geometry", PLACES)
+def test_places_of_no_region(geometry: Geometry) -> None:
+    empty = found(np.zeros((0, 4)), class_confidence=np.zeros(0, dtype=np.float32))
+    whole = found(class_confidence=np.zeros(2, dtype=np.float32))
+    assert PLACES[geometry](empty).shape == (0, PLACES[geometry](whole).shape[1])
+
+
+def authors(system: str) -> dict[str, torch.Tensor]:
+    path: Path = shared().parent / "reference" / system / "batch.safetensors"
+    return load_file(path)
+
+
+def test_places_agree_with_vilbert() -> None:
+    batch = authors("vilbert")
+    for row, number in enumerate(batch["num_boxes"].tolist()):
+        width, height = batch["image_wh"][row].tolist()
+        places = PLACES["corners_area"](found(batch["boxes_pixels"][row, :number].numpy(), (width, height)))
+        np.testing.assert_allclose(places, batch["image_loc"][row, 1 : number + 1].numpy(), atol=1e-6)
+
+
+def test_places_agree_with_vlp() -> None:
+    batch = authors("vlp")
+    for row, raw in enumerate(batch["raw_boxes_x1y1x2y2_class_score"]):
+        regions = found(raw[:, :4].numpy(), class_confidence=raw[:, 5].numpy())
+        even = F.layer_norm(torch.from_numpy(PLACES["extent_area_score"](regions)), (6,), eps=1e-5)
+        torch.testing.assert_close(even, batch["vis_pe"][row, :, :6], atol=2e-5, rtol=1e-4)
+
+
+def test_a_file() -> None:
+    features = np.arange(12, dtype=np.float16).reshape(4, 3)
+    boxes = np.arange(16, dtype=np.float64).reshape(4, 4)
+    data = npz(features=features, boxes=boxes, classes=np.arange(4), width=80, height=60, attributes=np.arange(9))
+    regions = parse(data, 3, frozenset({"classes", "targets"}), (1.0, 1.0))
+    assert regions.feats.tolist() == features[:3].tolist()
+    assert regions.feats.dtype == regions.boxes.dtype == np.float32
+    assert regions.size == (80, 60)
+    assert {name: values.tolist() for name, values in regions.fields.items()} == {"classes": [0, 1, 2]}
+    assert parse(npz(features=features, boxes=boxes), 9, frozenset(), SIZE).size == SIZE
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"no zip", "cannot be read as npz"),
+        (npz(boxes=BOXES), "lacks 'features'"),
+        (
+            npz(features=np.ones((2, 3)), boxes=BOXES[:1], class_probs=BOXES),
+            r"has features \(2, 3\) and boxes \(1, 4\)",
+        ),
+        (npz(features=np.ones((2, 3)), boxes=BOXES), "lacks 'class_probs'"),
+        (npz(features=np.ones((2, 3)), boxes=BOXES, class_probs=np.ones(2)), r"has 'class_probs' of shape \(2,\)"),
+        (npz(features=np.array([[None]]), boxes=BOXES), "cannot be read as npz"),
+    ],
+)
+def test_a_file_that_cannot_be_used(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse(data, 36, frozenset({"class_probs"}), SIZE)
+
+
+def test_a_file_without_a_size() -> None:
+    with pytest.raises(ValueError, match="no width and height of the picture"):
+        parse(npz(features=np.ones((2, 3)), boxes=BOXES), 36, frozenset(), None)
+
+
+def none(rng: np.random.Generator) -> None:
+    return None
+
+
+def test_regions_are_hidden_in_their_shares() -> None:
+    feats = np.ones((20_000, 2), dtype=np.float32)
+    mask = MaskRegions(prob=0.2, zero_share=0.8, random_share=0.1, at_least_one=False)
+    hidden, picked = mask(feats, lambda rng: np.full(2, 7, dtype=np.float32), np.random.default_rng(0))
+    kinds = hidden[picked, 0]
+    assert abs(picked.mean() - 0.2) < 0.01
+    assert abs((kinds == 0).mean() - 0.8) < 0.02
+    assert abs((kinds == 7).mean() - 0.1) < 0.02
+    assert (hidden[~picked] == 1).all()
+    assert (feats == 1).all()
+
+
+def test_at_least_one_region_is_hidden_where_there_is_one() -> None:
+    always, never = MaskRegions(prob=1e-9), MaskRegions(prob=1e-9, at_least_one=False)
+    rng = np.random.default_rng(0)
+    feats = np.ones((5, 2), dtype=np.float32)
+    assert {int(np.flatnonzero(always(feats, none, rng)[1])[0]) for _ in range(60)} == {0, 1, 2, 3, 4}
+    assert not never(feats, none, rng)[1].any()
+    assert always(feats[:0], none, rng)[1].shape == (0,)
+
+
+def seen(count: int, picked: list[bool]) -> RegionSample:
+    feats = np.arange(1, 2 * count + 1, dtype=np.float32).reshape(count, 2)
+    flags = np.array(picked, dtype=np.bool_)
+    views = {"clean": (feats, None), "masked": (np.where(flags[:, None], 0, feats), flags)}
+    return RegionSample(feats, feats * 2, {"classes": np.arange(count)}, views)  # type: ignore[arg-type]
+
+
+def test_pictures_with_none_and_some_regions_in_one_batch() -> None:
+    views = stack_regions([seen(0, []), seen(2, [False, True])], targets=True)
+    clean, masked = views["clean"], views["masked"]
+    assert clean.mask is not None
+    assert clean.mask.tolist() == [[False, False], [True, True]]
+    assert clean.feats.tolist() == [[[0, 0], [0, 0]], [[1, 2], [3, 4]]]
+    assert clean.picked is None
+    assert masked.picked is not None
+    assert masked.picked.tolist() == [[False, False], [False, True]]
+    assert masked.feats.tolist() == [[[0, 0], [0, 0]], [[1, 2], [0, 0]]]
+    assert masked.targets is clean.feats
+    assert masked.classes is clean.classes
+    assert stack_regions([seen(0, [])], targets=False)["masked"].feats.shape == (1, 1, 2)
