@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from tests.shard_files import INPUTS, WORDS, make_tokenizer
+from vlscale import build, config
 from vlscale.data.text import (
     AS_IT_IS,
     SPECIAL_TOKENS,
@@ -224,3 +225,34 @@ def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_wanted(tmp_pat
 def test_captions_as_they_are() -> None:
     assert clean_caption(" A Dog, so-called! \n", AS_IT_IS) == "A Dog, so-called!"
     assert clean_caption(" \n", AS_IT_IS) == ""
+
+
+# --- in a run ----------------------------------------------------------------------------------------------
+
+
+def setup(tmp_path: Path, recipe: str) -> tuple[config.RunConfig, build.Setting]:
+    folder = write_clip(tmp_path / "clip")
+    run = config.load(recipe, (f"text.vocab={folder}", "text.clean_up=false", "data.batch=8", "family.vocab=300"))
+    return run, build.setup(build.Request(run, "ds_configs/zero2.json", tmp_path / "run"))
+
+
+def test_the_run_folder_keeps_the_tokenizer(tmp_path: Path) -> None:
+    run, setting = setup(tmp_path, "clip_tiny")
+    build.write_folder(run, setting)
+    kept = Tokenizer(tmp_path / "run" / build.TOKENIZER, run.family.inputs)
+    assert kept.encode("a dog's").tolist() == setting.tokenizer.encode("a dog's").tolist() == [17, 1 + 6, 15, 16, 18]
+
+
+def test_words_cannot_be_hidden_without_a_mask_token(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the vocabulary has no mask token, so no word of a text can be hidden"):
+        setup(tmp_path, "quickstart")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", [("text.vocab=x",), ("text.clean_up=false",)])
+def test_capital_letters_need_a_vocabulary_and_captions_that_have_them(wrong: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"write text.clean_up=false and text.vocab=FOLDER"):
+        config.load("quickstart", ("text.cased=true", *wrong))
+    run = config.load("quickstart", ("text.cased=true", "text.vocab=x", "text.clean_up=false"))
+    assert run.text.kept_words == AS_IT_IS
+    assert config.load("quickstart").text.kept_words == 30

@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("config.yaml", "ds_config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"),
-        *("log.txt", "vocab.txt"),
+        *("log.txt", "tokenizer.json"),
     }
     assert list((finished / "tensorboard").glob("events.*"))
     assert (finished / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}\n"

@@ -36,7 +36,7 @@ from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Inputs
 from vlscale.weights import init_towers
 
-VOCAB = "vocab.txt"
+TOKENIZER = "tokenizer.json"
 ANSWERS = "answers.txt"
 MOST_CAPTIONS = 100_000  # enough for a small vocabulary
 
@@ -61,7 +61,7 @@ class Setting:
     train: Shards
     val: Shards
     tokenizer: Tokenizer
-    vocabulary: str  # the lines of its vocab.txt
+    vocabulary: str  # the text of its tokenizer.json
     answers: tuple[str, ...]  # of questions, by number; none where no objective asks
     begin: Checkpoint | None  # what the run goes on from
     warnings: tuple[str, ...]  # of rank 0; for the log, once there is one
@@ -105,17 +105,13 @@ def setup(request: Request) -> Setting:
     vocabulary = _from_rank_0(lambda: _vocabulary(run, begin, out, train))
     answers = _from_rank_0(lambda: _answers(run, begin, out, train)).splitlines() if _asks(run) else []
     tokenizer = _tokenizer(vocabulary, run.family.inputs)
-    if tokenizer.vocab_size > run.family.vocab:
-        raise ConfigError(
-            f"the vocabulary has {tokenizer.vocab_size} entries, but family.vocab={run.family.vocab}; "
-            f"write family.vocab={tokenizer.vocab_size}"
-        )
+    _check_tokenizer(run, tokenizer)
     preflight.check(
         train,
         tokenizer,
         run.family.inputs,
         batch=run.data.batch,
-        max_words=run.text.max_words,
+        max_words=run.text.kept_words,
         out=out,
         checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
@@ -132,7 +128,7 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.rank() == 0:
         run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
-        checkpoint.write_atomically(setting.out / VOCAB, setting.vocabulary)
+        checkpoint.write_atomically(setting.out / TOKENIZER, setting.vocabulary)
         if setting.answers:
             checkpoint.write_atomically(setting.out / ANSWERS, "".join(f"{answer}\n" for answer in setting.answers))
     distributed.barrier()
@@ -205,7 +201,7 @@ def plan(run: RunConfig, setting: Setting, model: PretrainModel) -> Plan:
         views={task: views(task) for task in model.tasks},
         tasks=TaskOrder({name: task.share for name, task in model.tasks.items()}, run.seed),
         seed=run.seed,
-        max_words=run.text.max_words,
+        max_words=run.text.kept_words,
         answers={answer: number for number, answer in enumerate(setting.answers)},
         fields=model.fields(),
     )
@@ -272,15 +268,15 @@ def _from_rank_0(make: Callable[[], str]) -> str:
 
 
 def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
-    """The lines of vocab.txt: the one given, the one of the run that goes on, or one built from the captions."""
-    kept = (out if begin is None else checkpoint.run_folder(begin)) / VOCAB
+    """The tokenizer.json of what is given, of the run that goes on, or of a vocabulary built from the captions."""
+    kept = (out if begin is None else checkpoint.run_folder(begin)) / TOKENIZER
     if run.text.vocab is not None:
-        return text_data.find_vocabulary(Path(run.text.vocab)).read_text(encoding="utf-8")
+        return text_data.read_tokenizer(run.text.vocab, run.text.cased)
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     texts = every_text(train, _asks(run), run.family.inputs.tags)
-    cleaned = (text_data.clean_caption(text, run.text.max_words) for text in texts)
-    return "\n".join(text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab)) + "\n"
+    cleaned = (text_data.clean_caption(text, run.text.kept_words) for text in texts)
+    return text_data.wordpiece(text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab))
 
 
 def _asks(run: RunConfig) -> bool:
@@ -310,9 +306,21 @@ def _answers(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards)
 
 def _tokenizer(vocabulary: str, inputs: Inputs) -> Tokenizer:
     with TemporaryDirectory() as folder:
-        path = Path(folder) / VOCAB
+        path = Path(folder) / TOKENIZER
         path.write_text(vocabulary, encoding="utf-8")
         return Tokenizer(path, inputs)
+
+
+def _check_tokenizer(run: RunConfig, tokenizer: Tokenizer) -> None:
+    """ConfigError if it has more tokens than the model, or cannot mask as the views ask."""
+    if tokenizer.vocab_size > run.family.vocab:
+        raise ConfigError(
+            f"the vocabulary has {tokenizer.vocab_size} entries, but family.vocab={run.family.vocab}; "
+            f"write family.vocab={tokenizer.vocab_size}"
+        )
+    for view in view_data.parse(run.views, run.family.inputs.regions > 0).text.values():
+        if view.mask_tokens is not None:
+            view.mask_tokens.check(tokenizer)
 
 
 def _checkpoint_bytes(run: RunConfig) -> int:

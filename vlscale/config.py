@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from vlscale.data.text import AS_IT_IS
 from vlscale.errors import ConfigError, did_you_mean
 from vlscale.optim import OptimConfig
 
@@ -46,6 +47,18 @@ class TextConfig:
     clean_up: bool = True  # ALBEF's: lower case, no punctuation, `max_words`; False = captions as they are
     max_words: int = 30  # words of a caption kept by the clean-up
     answers: str | None = None  # a file with one answer a line, or a JSON list; None = the training data's commonest
+
+    def __post_init__(self) -> None:
+        if self.cased and (self.clean_up or self.vocab is None):
+            raise ConfigError(
+                "text.cased reads capital letters, and neither the clean-up nor a vocabulary built from captions keeps "
+                "them; write text.clean_up=false and text.vocab=FOLDER"
+            )
+
+    @property
+    def kept_words(self) -> int:
+        """Of a caption, as `data.text.clean_caption` takes it."""
+        return self.max_words if self.clean_up else AS_IT_IS
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def evaluate(
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data)) if data else build.open_shards(run)[1]
-    tokenizer = Tokenizer(folder / build.VOCAB, run.family.inputs)
+    tokenizer = Tokenizer(folder / build.TOKENIZER, run.family.inputs)
     model = load_model(found, run)
     if "embed" not in model.family.offers:
         raise ConfigError(f"family '{run.family_name}' gives no embeddings, so it cannot be asked for {task}")
@@ -49,7 +49,7 @@ def evaluate(
         batch=batch,
         rank=0,
         world=1,
-        max_words=run.text.max_words,
+        max_words=run.text.kept_words,
         limit=limit or run.evaluation.limit,
     )
     metrics: dict[str, Any] = dict(retrieval.evaluate(model.family.to(device), batches, device).metrics)

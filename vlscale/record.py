@@ -132,7 +132,7 @@ class Record:
             batch=self._setting.ds["train_micro_batch_size_per_gpu"],
             rank=distributed.rank(),
             world=distributed.world_size(),
-            max_words=self._run.text.max_words,
+            max_words=self._run.text.kept_words,
             limit=self._run.evaluation.limit,
         )
         found = retrieval.evaluate(self._model.family, batches, self._setting.device, self._setting.tokenizer.decode)

@@ -123,6 +123,12 @@ class MaskTokens:
             masked[swapped] = drawn if pool is None else pool[drawn]
         return masked, labels
 
+    def check(self, vocabulary: Vocabulary) -> None:
+        """ConfigError if the vocabulary has no mask token, or does not tell whole words where they are asked for."""
+        mask_token(vocabulary)
+        if self.words == "whole" or self.content_only:
+            _ = vocabulary.continues
+
     def _words(self, ids: Ids, text: Flags, vocabulary: Vocabulary) -> NDArray[np.intp]:
         """[L] the place of the first token of each token's word, which stands for the word."""
         places = np.arange(len(ids))

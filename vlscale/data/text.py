@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.errors import ConfigError, did_you_mean
-from vlscale.types import Inputs
+
+if TYPE_CHECKING:
+    from vlscale.types import Inputs
 
 Ids = NDArray[np.int64]  # [L] token ids
 Flags = NDArray[np.bool_]
@@ -168,21 +170,21 @@ class Tokenizer:
         prefix = _model(self._pipeline).get("continuing_subword_prefix")
         if prefix:
             return np.array([token.startswith(prefix) for token in self._tokens])
-        starts = np.array([token.startswith(_STARTS_WORD) for token in self._tokens])
+        starts: Flags = np.array([token.startswith(_STARTS_WORD) for token in self._tokens])
         if not starts.any():
             raise ConfigError(
                 "mask_tokens.words: whole and content_only need to know where a word starts, and this tokenizer's "
                 "pieces do not tell; write words: pieces and content_only: false"
             )
-        joined: Flags = np.logical_not(starts | self._special)
-        return joined
+        return ~(starts | self._special)
 
     @cached_property
     def function_words(self) -> Flags:
         """[V] words of `FUNCTION_WORDS`, tokens without a letter or digit, and special tokens."""
         bare = [token.lstrip("".join(_STARTS_WORD)).lower() for token in self._tokens]
         flags = [word in FUNCTION_WORDS or not any(letter.isalnum() for letter in word) for word in bare]
-        return self._special | np.array(flags)
+        function_words: Flags = self._special | np.array(flags)
+        return function_words
 
     @cached_property
     def ordinary(self) -> Ids:
