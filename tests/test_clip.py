@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models import batch_for
 from tests.reference import clip as reference
 from tests.reference.compare import Folder, judge, shared_folder
-from vlscale import weights
+from vlscale import config, weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import clip
 from vlscale.model import PretrainModel
@@ -28,6 +29,7 @@ from vlscale.nn.attention import attention_mask, causal_mask
 from vlscale.nn.temperature import LogitScale
 from vlscale.nn.transformer import Mlp, quick_gelu
 from vlscale.nn.vit import normalize_pixels
+from vlscale.objectives import sigmoid
 from vlscale.types import Batch, Stream, Text, Visual
 
 
@@ -58,7 +60,7 @@ def torch_blocks(family: clip.Clip, prefix: str, layers: int, hidden: Tensor, ma
     heads = config.visual_heads if prefix else config.heads
     for number in range(layers):
         start = f"{prefix}transformer.resblocks.{number}."
-        activation = quick_gelu if config.quick_gelu else F.gelu
+        activation = quick_gelu if config.gelu == "quick" else F.gelu
         width, inner = hidden.shape[2], len(state[f"{start}mlp.c_fc.bias"])
         layer = nn.TransformerEncoderLayer(width, heads, inner, 0.0, activation, batch_first=True, norm_first=True)
         names = {"self_attn.": "attn.", "linear1.": "mlp.c_fc.", "linear2.": "mlp.c_proj.", "norm1.": "ln_1."}
@@ -79,7 +81,7 @@ def norm(family: clip.Clip, name: str, hidden: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_towers_are_torchs_layers(quick: bool) -> None:
-    config = replace(clip.tiny(), quick_gelu=quick)
+    config = replace(clip.tiny(), gelu="quick" if quick else "erf")
     family, given = miniature(config), batch()
     state, text = published(family), given.text["clean"]
     length = text.ids.shape[1]
@@ -196,8 +198,9 @@ def test_start() -> None:
     assert (state["text_stack.blocks.0.mlp.fc1.bias"].abs() > 0).any()
 
 
-def test_flops_equal_torchs_counter() -> None:
-    family, given = miniature(), batch()
+@pytest.mark.parametrize("system", ["clip", "siglip"])
+def test_flops_equal_torchs_counter(system: str) -> None:
+    family, given = miniature(siglip() if system == "siglip" else None), batch()
     expected = family.flops(given.text["clean"].ids.shape[1])
     passes: dict[str, Callable[[], Stream]] = {
         "encode_text": lambda: family.encode_text(given.text["clean"]),
@@ -219,6 +222,9 @@ def test_flops_equal_torchs_counter() -> None:
         {"pool": "middle"},
         {"temperature": 0.001},
         {"temperature": 0.0},
+        {"pool": "last"},
+        {"gelu": "relu"},
+        {"visual_pool": "map"},
     ],
 )
 def test_wrong_sizes(wrong: dict[str, Any]) -> None:
@@ -263,6 +269,107 @@ def published(family: clip.Clip) -> dict[str, Tensor]:
                 }.items():
                     found[f"{theirs}{name}.{part}"] = state[f"{ours}{module}.{part}"]
     return found
+
+
+# --- SigLIP ------------------------------------------------------------------------------------------------
+
+
+def siglip() -> clip.Config:
+    """SigLIP's options at a miniature's sizes."""
+    towers = replace(clip.tiny(), gelu="tanh", norm_eps=1e-6, visual_pool="map", embed=16, text_bias=True)
+    return replace(towers, causal=False, pool="last", pad=1, temperature=0.1)
+
+
+def transformers_siglip(config: clip.Config) -> transformers.SiglipModel:
+    """transformers' model of the same sizes, every weight drawn."""
+    vision = {"image_size": config.image_size, "patch_size": config.patch, "hidden_size": config.visual_width}
+    vision |= {"intermediate_size": config.visual_intermediate, "num_hidden_layers": config.visual_layers}
+    text = {"vocab_size": config.vocab, "max_position_embeddings": config.text_length, "hidden_size": config.hidden}
+    text |= {"intermediate_size": config.intermediate, "num_hidden_layers": config.text_layers}
+    text |= {"projection_size": config.embed, "num_attention_heads": config.heads}
+    vision |= {"num_attention_heads": config.visual_heads}
+    sizes = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(3)
+    model = transformers.SiglipModel(sizes).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_siglips_published_size() -> None:
+    with torch.device("meta"):
+        family = clip.build(config.load("siglip_vit_b16").family)
+    assert sum(parameter.numel() for parameter in family.parameters()) == 203_155_969  # and logit_bias
+
+
+def test_siglips_towers_are_transformers() -> None:
+    """Their weights under their names fill ours, and both give the same; texts are filled up and read at the end."""
+    theirs, given = transformers_siglip(siglip()), batch_for(siglip().inputs, siglip().vocab)
+    family = clip.build(siglip())
+    model = PretrainModel(family, {"sigmoid": sigmoid.build(sigmoid.Config(), family)})
+    model.twin = copy.deepcopy(family)
+    loaded = weights.fill(model, theirs.state_dict(), clip.SIGLIP)
+    assert loaded.unused == ()
+    assert loaded.left == ()
+
+    text, pixels = given.text["clean"], given.visual["clean"].feats
+    full = torch.full((len(given), siglip().text_length), siglip().pad)
+    for row, (ids, mask) in enumerate(zip(text.ids, text.mask, strict=True)):
+        full[row, : int(mask.sum())] = ids[mask]
+    with torch.no_grad():
+        out = theirs(input_ids=full, pixel_values=pixels.float() / 127.5 - 1)
+        for network in (family, model.twin):
+            words, picture = network.encode_text(text), network.encode_visual(given.visual["clean"])
+            torch.testing.assert_close(words.hidden, out.text_model_output.last_hidden_state)
+            torch.testing.assert_close(picture.hidden, out.vision_model_output.last_hidden_state)
+            torch.testing.assert_close(words.embed, out.text_embeds)
+            torch.testing.assert_close(picture.embed, out.image_embeds)
+        bias = model.get_parameter("objectives.sigmoid.bias")
+        assert words.embed is not None
+        logits = words.embed @ picture.embed.T / family.temperature() + bias
+        torch.testing.assert_close(logits, out.logits_per_text)
+    assert words.mask is not None
+    assert words.mask.sum(dim=1).tolist() == text.mask.sum(dim=1).tolist()
+
+
+def test_siglip_for_another_picture() -> None:
+    source = transformers_siglip(siglip()).state_dict()
+    target = clip.build(replace(siglip(), image_size=24, text_length=8))
+    weights.fill(PretrainModel(target, {}), source, clip.SIGLIP)
+    assert target.image_encoder.tokens.positions.shape == (1, 9, 16)
+    words = source["text_model.embeddings.position_embedding.weight"]
+    assert torch.equal(target.text_tokens.positions.weight, words[:8])
+
+
+def test_siglips_padding_does_not_depend_on_the_batch() -> None:
+    family = miniature(siglip())
+    short, long = (batch_for(siglip().inputs, 64, padding=padding).text["clean"] for padding in (0, 3))
+    torch.testing.assert_close(family.encode_text(short).embed, family.encode_text(long).embed)
+
+
+def test_siglips_start() -> None:
+    torch.manual_seed(0)
+    sizes = {"visual_width": 128, "visual_intermediate": 256, "hidden": 64, "intermediate": 256, "embed": 128}
+    state = clip.build(replace(siglip(), **sizes, image_size=64, text_length=32, vocab=200)).state_dict()
+    xavier = (2 / (128 + 128)) ** 0.5
+    want = {  # standard deviations of Xavier's uniform draws, and of flax's 1 / sqrt(fan in)
+        "image_encoder.stack.blocks.0.attention.qkv.weight": xavier,
+        "image_encoder.stack.blocks.0.mlp.fc1.weight": (2 / (128 + 256)) ** 0.5,
+        "image_encoder.patches.projection.weight": (3 * 8 * 8) ** -0.5,
+        "image_encoder.tokens.positions": 128**-0.5,
+        "visual_pool.query.weight": xavier,
+        "visual_pool.key_value.weight": xavier,
+        "visual_pool.output.weight": xavier,
+        "text_stack.blocks.1.mlp.fc2.weight": (2 / (64 + 256)) ** 0.5,
+        "text_tokens.word.weight": 64**-0.5,
+        "text_tokens.positions.weight": 64**-0.5,
+        "text_proj.weight": 64**-0.5,
+    }
+    for name, std in want.items():
+        assert state[name].std().item() == pytest.approx(std, rel=0.1), name
+    for name in ("text_proj.bias", "visual_pool.query.bias", "image_encoder.patches.projection.bias"):
+        assert not state[name].any()
+    assert 0 < state["visual_pool.mlp.fc1.bias"].std() < 3e-6
 
 
 TEXT = ("token_embedding", "positional_embedding", "transformer.", "ln_final", "text_projection")

@@ -75,7 +75,7 @@ def family_config(config: dict[str, Any]) -> clip.Config:
         vocab=text["vocab_size"],
         text_length=text["context_length"],
         embed=config["embed_dim"],
-        quick_gelu=config["quick_gelu"],
+        gelu="quick" if config["quick_gelu"] else "erf",
         pool="largest",
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlscale.nn.transformer import PreNormBlock, Stack
+from vlscale.nn.attention import attend
+from vlscale.nn.transformer import Mlp, PreNormBlock, Stack
 
 NORM_EPS = 1e-6  # timm and ALBEF models/vit.py
 INIT_STD = 0.02  # truncated normal, timm and ALBEF models/vit.py
@@ -15,20 +19,32 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalize_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+class Statistics(NamedTuple):
+    """What pixels in [0, 1] are centred by and divided by, per channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CLIP_PIXELS = Statistics(PIXEL_MEAN, PIXEL_STD)
+HALVES = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # to [-1, 1]: SigLIP
+
+
+def normalize_pixels(pixels: Tensor, dtype: torch.dtype, statistics: Statistics = CLIP_PIXELS) -> Tensor:
     """Pictures as the network takes them.
 
     Args:
         pixels: [B, 3, H, W], uint8 in 0..255, or floating and already normalised.
         dtype: what the network computes in.
+        statistics: of the channels.
 
     Returns:
         [B, 3, H, W] in `dtype`.
     """
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
-    mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(PIXEL_STD, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(statistics.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(statistics.std, device=pixels.device).view(3, 1, 1)
     return ((pixels.float() / 255 - mean) / std).to(dtype)
 
 
@@ -46,13 +62,14 @@ def init_truncated(module: nn.Module) -> None:
 class PatchEmbedding(nn.Module):
     """One linear map per patch, written as a convolution."""
 
-    def __init__(self, width: int, patch: int, bias: bool = True) -> None:
+    def __init__(self, width: int, patch: int, bias: bool = True, statistics: Statistics = CLIP_PIXELS) -> None:
         super().__init__()
         self.projection = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=bias)
+        self.statistics = statistics
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W], uint8 or normalised -> [B, H/p * W/p, D], row by row."""
-        pixels = normalize_pixels(pixels, self.projection.weight.dtype)
+        pixels = normalize_pixels(pixels, self.projection.weight.dtype, self.statistics)
         out: Tensor = self.projection(pixels)
         return out.flatten(2).transpose(1, 2)
 
@@ -73,6 +90,56 @@ class ClassAndPositions(nn.Module):
         return torch.cat([first, patches], dim=1) + self.positions
 
 
+class Positions(nn.Module):
+    """Adds a learned position table [1, R, D]; there is no class token."""
+
+    def __init__(self, width: int, patches: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, patches, width))
+        nn.init.normal_(self.positions, std=width**-0.5)  # big_vision models/vit.py, get_posemb
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, R, D] -> [B, R, D]."""
+        return patches + self.positions
+
+
+class Probe(nn.Module):
+    """A learned query [1, 1, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(1, 1, width))
+        nn.init.xavier_uniform_(self.value)
+
+    def forward(self, rows: int) -> Tensor:
+        """[rows, 1, D], the same in every row."""
+        return self.value.expand(rows, -1, -1)
+
+
+class AttentionPool(nn.Module):
+    """A learned query reads all tokens, then an MLP with a residual: "MAP" (Zhai et al. 2022, arXiv 2106.04560,
+    after Lee et al. 2019, Set Transformer). Code: big_vision models/vit.py, MAPHead.
+    """
+
+    def __init__(self, width: int, heads: int, inner: int, eps: float, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.heads = heads
+        self.probe = Probe(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, inner, activation)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, R, D] -> [B, D]."""
+        query = self.query(self.probe(len(hidden)))
+        key, value = self.key_value(hidden).chunk(2, dim=2)
+        pooled = self.output(attend(query, key, value, self.heads, None, 0.0))
+        out: Tensor = pooled + self.mlp(self.norm(pooled))
+        return out[:, 0]
+
+
 class ImageEncoder(nn.Module):
     """ViT without a classifier: every token is kept, the class token stands first."""
 
@@ -90,19 +157,19 @@ class ImageEncoder(nn.Module):
         return out
 
 
-def resize_positions(table: Tensor, shape: torch.Size) -> Tensor:
-    """A position table [1, 1 + R, D] for another number of patches: bicubic over the square grid; the class
-    token's row is kept (ALBEF models/vit.py interpolate_pos_embed).
+def resize_positions(table: Tensor, shape: torch.Size, kept: int = 1) -> Tensor:
+    """A position table [1, kept + R, D] for another number of patches: bicubic over the square grid; the first
+    rows (the class token's) are kept (ALBEF models/vit.py interpolate_pos_embed).
 
     Raises:
-        ValueError: one of the two is not 1 + a square number of rows, or the widths differ.
+        ValueError: one of the two is not `kept` + a square number of rows, or the widths differ.
     """
     if table.shape == shape:
         return table
-    old, new = (round((size[1] - 1) ** 0.5) for size in (table.shape, shape))
-    if old**2 + 1 != table.shape[1] or new**2 + 1 != shape[1] or table.shape[2] != shape[2]:
+    old, new = (round((size[1] - kept) ** 0.5) for size in (table.shape, shape))
+    if old**2 + kept != table.shape[1] or new**2 + kept != shape[1] or table.shape[2] != shape[2]:
         raise ValueError(f"a position table {tuple(table.shape)} cannot be resized to {tuple(shape)}")
-    grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = table[:, kept:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
-    return torch.cat([table[:, :1], grid], dim=1)
+    return torch.cat([table[:, :kept], grid], dim=1)
