@@ -12,6 +12,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -121,13 +123,17 @@ class _Job:
 def _in_order(job: Callable[[_Item], Member], items: Iterable[_Item], processes: int) -> Iterator[Member]:
     context = multiprocessing.get_context("spawn")  # threads of ours or of a library must not be forked
     waiting: deque[Future[Member]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for item in items:
-            waiting.append(pool.submit(job, item))
-            if len(waiting) > AHEAD * processes:
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            for item in items:
+                waiting.append(pool.submit(job, item))
+                if len(waiting) > AHEAD * processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        reason = "a converting process was killed, as happens when memory runs out; write fewer --processes"
+        raise DataError(reason) from error
 
 
 def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
@@ -157,19 +163,20 @@ def _nothing(broken: int, named: Sequence[tuple[str, str]]) -> str:
 def _write_all(members: Iterable[Member], layout: Layout, named: int, name: str = "") -> Written:
     """Into a scratch folder, then into place; the only shard under `name`, if one is given."""
     broken, first = 0, list[tuple[str, str]]()
-    with _Scratch(layout.folder) as scratch:
-        writer = _Writer(scratch, layout)
-        with tqdm(unit="sample", disable=None) as progress:
-            for member in members:
-                reason = member.reason or writer.add(member)
-                broken += bool(reason)
-                if reason and len(first) < named:
-                    first.append((member.key, reason))
-                progress.update()
-        writer.close()
-        shards = [layout.folder / (name or path.name) for path in writer.paths]
-        for old, new in zip(writer.paths, shards, strict=True):
-            os.replace(old, new)
+    try:
+        with _Scratch(layout.folder) as scratch:
+            with closing(_Writer(scratch, layout)) as writer, tqdm(unit="sample", disable=None) as progress:
+                for member in members:
+                    reason = member.reason or writer.add(member)
+                    broken += bool(reason)
+                    if reason and len(first) < named:
+                        first.append((member.key, reason))
+                    progress.update()
+            shards = [layout.folder / (name or path.name) for path in writer.paths]
+            for old, new in zip(writer.paths, shards, strict=True):
+                os.replace(old, new)
+    except OSError as error:  # a full disk, a source that may not be read
+        raise DataError(f"no shards in {layout.folder}: {error}; mend that and run it again") from error
     for shard in shards:
         load_index(shard)
     return Written(shards, writer.samples, broken, first)

@@ -1,0 +1,136 @@
+"""`launchers/shards.py` as a user types it: what it prints, what it leaves, how it ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launchers import shards as launcher
+from tests.runs import launch
+from tests.shard_files import png, sample, write_samples
+from tests.test_formats import picture_arrays, write_pictures
+from tests.unlucky import Unlucky, Unreadable
+from vlscale.data import samples
+from vlscale.data.formats import FORMATS
+from vlscale.data.shards import Shards
+from vlscale.data.write import Layout, make
+from vlscale.errors import DONE, ConfigError, DataError
+
+Printed = Callable[..., str]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Printed:
+    """Runs a command that is to succeed; gives what it printed."""
+    monkeypatch.setenv("VLSCALE_CACHE", str(tmp_path / "cache"))
+
+    def run(*argv: object) -> str:
+        assert launcher.main([str(word) for word in argv]) == DONE
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_from_a_folder_to_shards_that_training_reads(tmp_path: Path, printed: Printed) -> None:
+    source = write_pictures(tmp_path / "in", 5)
+    np.savez(source / "p0.npz", **picture_arrays(1))
+    (source / "p1.png").write_bytes(b"no picture")
+    said = printed("make", "--from", "folder", "--source", source, "--to", tmp_path / "out", "--samples_per_shard", 3)
+    assert said.splitlines()[0].startswith("4 samples in 2 shard(s)")
+    assert said.splitlines()[1:] == [
+        "1 broken and left out, such as",
+        "  p1: it is not a JPEG, PNG or WebP picture",
+    ]
+    assert len(list((tmp_path / "cache" / "index").iterdir())) == 2
+    out = tmp_path / "out" / "*.tar"
+    assert [line.split()[0] for line in printed("index", out).splitlines()] == ["3", "1", "4"]
+    assert "no problem found" in printed("verify", out)
+    assert "samples                  4" in printed("describe", out, "--json", tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text())["captions"] == 4
+    shards = Shards(str(out))
+    assert samples.picture(shards, 0).shape == (24, 24, 3)
+    assert samples.sentences(shards, 0)[0].text == "picture number 0"
+
+
+def test_regions_that_training_reads(tmp_path: Path, printed: Printed) -> None:
+    (tmp_path / "in").mkdir()
+    np.savez(tmp_path / "in" / "a.npz", **picture_arrays(1))
+    (tmp_path / "in" / "a.json").write_text('{"qa": [{"q": "what?", "a": "red"}]}')
+    (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
+    printed(
+        *("make", "--from", "npz", "--source", tmp_path / "in", "--to", tmp_path / "out", "--prefix", "train"),
+        *("--dtype", "float32", "--class_names", tmp_path / "names.txt"),
+    )
+    shards = Shards(tmp_path / "out" / "train-000000.tar")
+    wanted = frozenset({"classes", "attribute_confidence"})
+    found = samples.regions(shards, 0, 3, 6, wanted)
+    np.testing.assert_array_equal(found.feats, picture_arrays(1)["features"][:3])
+    np.testing.assert_array_equal(found.fields["classes"], picture_arrays(1)["objects_id"][:3])
+    assert samples.sentences(shards, 0, questions=True)[0].answer == "red"
+    assert len(samples.tags(shards, 0).split()) == 4
+
+
+def test_verify_ends_with_3_and_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_samples(tmp_path, 3, 2, {1: sample(1, caption=""), 2: sample(2, picture=png(2)[:90])})
+    with pytest.raises(DataError, match=r"2 problem\(s\) in the shards: 1 of caption, 1 of picture") as raised:
+        launcher.main(["verify", shards, "--json", str(tmp_path / "v.json")])
+    assert raised.value.exit_code == 3
+    assert "part-001.tar: s002: png:" in capsys.readouterr().out
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["counts"] == {"caption": 1, "picture": 1}
+    assert [problem["key"] for problem in report["problems"]] == ["s001", "s002"]
+    assert report["problems"][0]["reason"].startswith("a caption in 'json' is empty")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["mak"], "no command 'mak'; did you mean 'make'?"),
+        (["make", "--from", "folders", "--source", "a", "--to", "b"], "no format 'folders'; did you mean 'folder'?"),
+        (["make", "--from", "folder", "--to", "b"], "the following arguments are required: --source"),
+        (["make", "--from", "folder", "--source", ".", "--to", "b", "--dtpye=x"], "did you mean '--dtype'?"),
+        (["make", "--from", "folder", "--source", ".", "--to", "b", "--dtype", "int8"], "write float16 or float32"),
+        (["make", "--from", "folder", "--source", ".", "--to", "b", "--prefix", "a/b"], "--prefix 'a/b' cannot start"),
+        (["verify", "x.tar", "--json"], "argument --json: expected one argument"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_mistakes_in_words(argv: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        launcher.main(argv)
+    assert says in str(raised.value)
+
+
+def test_the_program_itself(tmp_path: Path) -> None:
+    for argv, code, says in (
+        (["verify", "nothing.tar"], 3, "shards.py: no shard matches 'nothing.tar'"),
+        (["make", "--from", "npz", "--source", str(tmp_path), "--to", "b"], 3, "holds no npz file"),
+    ):
+        done = launch("shards", *argv)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_lists_the_formats() -> None:
+    done = launch("shards", "make", "--help")
+    assert done.returncode == DONE
+    assert all(name in done.stdout for name in FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("source", "processes", "says"),
+    [(Unlucky(), 2, "write fewer --processes"), (Unreadable(), 1, "Permission denied")],
+)
+def test_what_ends_the_work_leaves_nothing_behind(tmp_path: Path, source: Any, processes: int, says: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(DataError, match=says):
+        make(source, Layout(tmp_path, "data", processes=processes))
+    assert list(tmp_path.iterdir()) == []
+    assert time.monotonic() - began < 30
