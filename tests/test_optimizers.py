@@ -28,6 +28,9 @@ CASES = {
     "adamw_and_sgd": replace(BASE, sgd=SGD),
     "adam_bert": replace(BASE, name="adam_bert"),
     "adamw_transformers": replace(BASE, name="adamw_transformers"),
+    "clipped_each": replace(BASE, name="adam_bert", clip_each=0.05),
+    "clipped_each_and_sgd": replace(BASE, sgd=SGD, clip_each=0.05),
+    "lamb": replace(BASE, name="lamb"),
 }
 
 
@@ -158,6 +161,67 @@ def test_the_first_step_at_rate_0_fills_the_moments_and_moves_nothing(case: str)
     assert all(kept.any() for state in optimizer.state.values() for kept in state.values())
 
 
+def test_lamb_by_hand() -> None:
+    """Algorithm 2 of the paper, on the two entries of one parameter, and on a bias, which is spared."""
+    weight = nn.Parameter(torch.tensor([[0.6, -0.8]], dtype=torch.float64))
+    bias = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+    config = OptimConfig("lamb", betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)
+    optimizer = optimizers.build([("weight", weight), ("bias", bias)], config)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.03
+    values, means, squares = [0.6, -0.8, 0.5], [0.0] * 3, [0.0] * 3
+    for step, gradients in enumerate(([1.0, 2.0, 3.0], [-0.5, 0.0, 1e-3], [4.0, -1.0, 0.0]), start=1):
+        weight.grad = torch.tensor([gradients[:2]], dtype=torch.float64)
+        bias.grad = torch.tensor(gradients[2:], dtype=torch.float64)
+        optimizer.step()
+        means = [0.9 * mean + 0.1 * each for mean, each in zip(means, gradients, strict=True)]
+        squares = [0.99 * square + 0.01 * each**2 for square, each in zip(squares, gradients, strict=True)]
+        unbiased = [
+            mean / (1 - 0.9**step) / (math.sqrt(square / (1 - 0.99**step)) + 1e-3)
+            for mean, square in zip(means, squares, strict=True)
+        ]
+        first, second = (unbiased[place] + 0.1 * values[place] for place in (0, 1))
+        ratio = math.hypot(values[0], values[1]) / math.hypot(first, second)
+        updates = (ratio * first, ratio * second, unbiased[2])
+        values = [value - 0.03 * update for value, update in zip(values, updates, strict=True)]
+        assert [*weight[0].tolist(), bias.item()] == pytest.approx(values, rel=1e-12)
+
+
+def test_lamb_moves_what_is_0_and_stays_finite() -> None:
+    weight, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    config = OptimConfig("lamb", weight_decay=0.0, eps=0.0, no_decay=())
+    optimizer = optimizers.build([("weight", weight)], config)
+    weight.grad = torch.ones(2, 2)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))  # the ratio is 1
+    optimizer = optimizers.build([("still", still)], replace(config, eps=1e-8))
+    still.grad = torch.zeros(2, 2)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert torch.equal(still, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("case", ["clipped_each", "clipped_each_and_sgd"])
+def test_clipping_each_is_torchs_clipping_of_one_parameter(case: str) -> None:
+    config = replace(CASES[case], clip_each=1.0, sgd=SgdConfig(("trunk",)) if CASES[case].sgd else None)
+    ours, theirs = two(), two()
+    optimizer = optimizers.build(ours.named_parameters(), config)
+    other = optimizers.build(theirs.named_parameters(), replace(config, clip_each=0.0))
+    draw = torch.Generator().manual_seed(3)
+    for sizes in ((3.0, 1e-3, 3.0, 1e-3), (1e-3, 3.0, 3.0, 0.0)):  # above the bound and within it
+        for size, mine, yours in zip(sizes, ours.parameters(), theirs.parameters(), strict=True):
+            mine.grad = size * torch.randn(mine.shape, generator=draw)
+            yours.grad = mine.grad.clone()
+            norm = nn.utils.clip_grad_norm_([yours], 1.0)
+            assert (norm > 1) == (size > 1)
+        for each in (optimizer, other):
+            for group in each.param_groups:
+                group["lr"] = 0.1
+            each.step()
+        same(ours, theirs)
+
+
 def test_a_zero_gradient_is_one_and_none_is_none() -> None:
     module = two()
     optimizer = optimizers.build(module.named_parameters(), OptimConfig("adam_bert", weight_decay=0.1))
@@ -173,7 +237,7 @@ def test_a_zero_gradient_is_one_and_none_is_none() -> None:
 
 def test_closure_and_gradients() -> None:
     module = two()
-    optimizer = optimizers.build(module.named_parameters(), OptimConfig("adam_bert"))
+    optimizer = optimizers.build(module.named_parameters(), OptimConfig("adam_bert", clip_each=1e-3))
 
     def closure() -> float:
         loss = module.head(module.trunk(torch.ones(1, 4))).sum()
@@ -183,7 +247,7 @@ def test_closure_and_gradients() -> None:
     with torch.no_grad():
         expected = float(module.head(module.trunk(torch.ones(1, 4))).sum())
     assert optimizer.step(closure) == pytest.approx(expected)
-    assert torch.equal(module.head.bias.grad, torch.ones(2))  # type: ignore[arg-type]
+    assert torch.equal(module.head.bias.grad, torch.ones(2))  # type: ignore[arg-type]  # not clipped in place
 
 
 # --- under ZeRO --------------------------------------------------------------------------------------------
@@ -213,9 +277,9 @@ def plain(config: OptimConfig) -> dict[str, Tensor]:
     return dict(engine.weights())
 
 
-def check_stages(world: int, precision: str, atol: float) -> None:
+def check(world: int, stages: tuple[str, ...], precision: str, atol: float) -> None:
     wanted = {case: plain(config) for case, config in CASES.items()}
-    for found in run_ranks(weights_by_case, world, STAGES, precision, CASES):
+    for found in run_ranks(weights_by_case, world, stages, precision, CASES):
         for name, weights in found.items():
             expected = wanted[name.split()[1]]
             assert weights.keys() == expected.keys()
@@ -223,14 +287,21 @@ def check_stages(world: int, precision: str, atol: float) -> None:
                 assert float((value.float() - expected[key]).abs().max()) <= atol, (name, key)
 
 
-def test_two_ranks_equal_one_process_at_every_stage() -> None:
-    check_stages(2, "fp32", 1e-6)
+def test_what_is_compared_does_something() -> None:
+    """No case equals another, so that none can pass by being left out."""
+    found = [torch.cat([value.flatten() for value in plain(config).values()]) for config in (BASE, *CASES.values())]
+    for number, one in enumerate(found):
+        assert all(float((one - other).abs().max()) > 1e-4 for other in found[:number])
+
+
+def test_two_ranks_equal_one_process() -> None:
+    check(2, ("zero2", "zero3"), "fp32", 1e-6)
 
 
 @slow
-@pytest.mark.parametrize(("world", "precision"), [(1, "fp32"), (4, "fp32"), (2, "bf16")])
-def test_any_number_of_ranks_and_bf16(world: int, precision: str) -> None:
-    check_stages(world, precision, 1e-6 if precision == "fp32" else 2e-2)
+@pytest.mark.parametrize(("world", "precision"), [(1, "fp32"), (2, "fp32"), (4, "fp32"), (2, "bf16")])
+def test_any_number_of_ranks_at_every_stage(world: int, precision: str) -> None:
+    check(world, STAGES, precision, 1e-6 if precision == "fp32" else 2e-2)
 
 
 def resumed(folder: Path, stage: str, precision: str, cases: dict[str, OptimConfig]) -> dict[str, Any]:
@@ -249,13 +320,22 @@ def resumed(folder: Path, stage: str, precision: str, cases: dict[str, OptimConf
     return found
 
 
-@pytest.mark.parametrize("stage", ["zero2", *(pytest.param(each, marks=slow) for each in STAGES if each != "zero2")])
-def test_a_resumed_run_is_equal_to_the_bit(tmp_path: Path, stage: str) -> None:
-    for case in CASES:
-        (tmp_path / case).mkdir()
-    for found in run_ranks(resumed, 2, tmp_path, stage, "bf16", CASES):
+def check_resumed(folder: Path, stage: str, cases: dict[str, OptimConfig]) -> None:
+    for case in cases:
+        (folder / case).mkdir()
+    for found in run_ranks(resumed, 2, folder, stage, "bf16", cases):
         for case, (through, again) in found.items():
             assert all(torch.equal(value, again[name]) for name, value in through.items()), case
+
+
+def test_a_resumed_run_is_equal_to_the_bit(tmp_path: Path) -> None:
+    check_resumed(tmp_path, "zero2", {case: CASES[case] for case in ("adamw_and_sgd", "clipped_each", "lamb")})
+
+
+@slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_so_is_it_at_every_stage(tmp_path: Path, stage: str) -> None:
+    check_resumed(tmp_path, stage, CASES)
 
 
 def refused() -> str:

@@ -129,7 +129,7 @@ class DeepSpeedEngine(_Engine):
         self._offload = bool(config.get("zero_optimization", {}).get("offload_optimizer"))
         model.to(device)
         optimizer = optimizers.build(model.named_parameters(), optim_config)
-        _refuse_two_devices(optimizer, config)
+        optimizers.check_offload(optimizer, config)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints its memory
             try:
                 self._ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -151,6 +151,8 @@ class DeepSpeedEngine(_Engine):
             if name not in own:
                 distributed.broadcast_(buffer)
         self._clear_padding()
+        if isinstance(optimizer, optimizers.ByGroup) and self.stage > 0:
+            optimizer.pieces = self._pieces()
         self._averages = self._prepare_averages()
 
     @property
@@ -224,9 +226,32 @@ class DeepSpeedEngine(_Engine):
         if self.stage > 0:
             own = vars(self._optimizer)  # stage 1 in bf16 without offload has a class and names of its own
             weights = own.get("bit16_groups_flat") or own["bf16_groups_flat"]
-            masters = own.get("single_partition_of_fp32_groups") or own["fp32_groups_flat_partition"]
-            return averages.partitioned(pairs, weights, masters)
+            return averages.partitioned(pairs, weights, self._flat_masters())
         return averages.whole(pairs, [(self._masters(online) or [online.data])[0] for online, _ in pairs])
+
+    def _flat_masters(self) -> list[Tensor]:
+        """This rank's part of the fp32 masters, flat, as the optimizer is handed them; stages 1 to 3."""
+        own = vars(self._optimizer)
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        return next(own[name] for name in names if own.get(name))
+
+    def _pieces(self) -> optimizers.Pieces:
+        """Where this rank's parts of the parameters lie in the flat masters; stages 1 to 3."""
+        flats = self._flat_masters()
+        spans: dict[Tensor, list[optimizers.Span]] = {flat: [] for flat in flats}
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for number, parameter in enumerate(trainable):
+            if self.stage == 3:
+                group, start, count = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+                whole: int = parameter.ds_numel  # type: ignore[attr-defined]
+                count = min(count, max(0, whole - distributed.rank() * count))  # the rest is padding
+            else:
+                masters = self._masters(parameter)
+                group, start = averages.place(masters[0], flats) if masters else (0, 0)
+                count = sum(master.numel() for master in masters)
+            if count:
+                spans[flats[group]].append((number, start, count))
+        return optimizers.Pieces(spans, len(trainable), self.device)
 
     def _plain_gradients(self) -> float | None:
         """At stage 0 gradients are plain: zero where there is none; the norm, where DeepSpeed keeps none."""
@@ -342,17 +367,6 @@ class LocalEngine(_Engine):
 
 def _queues_file(folder: Path) -> Path:
     return folder / f"queues_{distributed.rank():05d}.pt"
-
-
-def _refuse_two_devices(optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
-    """Raises ConfigError: DeepSpeed would step a part of the model on the GPU, and there with an AdamW of its own."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    ratio = offload.get("ratio", 1.0)
-    if ratio < 1 and isinstance(optimizer, optimizers.ByGroup):
-        raise ConfigError(
-            f"zero_optimization.offload_optimizer.ratio is {ratio} in the ds_config, and what it leaves on the GPU "
-            f'DeepSpeed moves by its own AdamW; write "ratio": 1.0, or optim.name=adamw without optim.sgd'
-        )
 
 
 def deepspeed_recompute() -> Callable[..., Any]:

@@ -34,7 +34,7 @@ class SgdConfig:
 class OptimConfig:
     """The optimizer (see `vlscale.optimizers`) and its schedule. Steps are optimizer steps, counted from 1."""
 
-    name: Literal["adamw", "adamw_transformers", "adam_bert"] = "adamw"
+    name: Literal["adamw", "adamw_transformers", "adam_bert", "lamb"] = "adamw"
     sgd: SgdConfig | None = None  # parts that move by SGD instead
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -43,6 +43,7 @@ class OptimConfig:
     no_decay: tuple[str, ...] = ("one_dimensional", "bias")  # also: any part of a parameter's name
     decay_always: tuple[str, ...] = ()  # parts of names that decay although `no_decay` would spare them
     clip: float = 0.0  # greatest global gradient norm; 0 = no clipping
+    clip_each: float = 0.0  # after that, greatest norm of each parameter's gradient; 0 = no clipping
     schedule: Literal["constant", "linear", "cosine", "step"] = "cosine"
     milestones: tuple[int, ...] = ()  # for `step`: after so many steps the rate is multiplied by decay_factor
     decay_factor: float = 0.1
@@ -56,7 +57,7 @@ class OptimConfig:
     scale: Mapping[str, float] = field(default_factory=dict)  # part of a name -> factor on the learning rate
 
     def __post_init__(self) -> None:
-        for key in ("eps", "weight_decay", "decay_factor", "warmup_lr", "warmup_start_factor", "final_lr"):
+        for key in ("clip_each", "eps", "weight_decay", "decay_factor", "warmup_lr", "warmup_start_factor", "final_lr"):
             _not_negative(f"optim.{key}", getattr(self, key))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas should each be from 0 and below 1 (got {list(self.betas)})")
@@ -78,6 +79,7 @@ class Group(TypedDict):
     name: str
     rule: str  # an `optim.name`, or sgd
     params: list[Any]
+    adapts: bool  # whether LAMB's ratio applies
     weight_decay: float
     lr: float
     scale: float
@@ -125,16 +127,19 @@ def groups(named_parameters: Iterable[tuple[str, Any]], config: OptimConfig) -> 
     for name, parameter in trainable:
         part = next((part for part in config.scale if part in name), None)
         factor = config.scale[part] if part else 1.0
+        spared = not _decays(name, parameter.ndim, config)
         if sgd and any(each in name for each in sgd.parts):
             label, rule, decay, factor = "sgd", "sgd", sgd.weight_decay, factor * sgd.lr_scale
-        elif _decays(name, parameter.ndim, config):
-            label, rule, decay = "decay", config.name, config.weight_decay
-        else:
+        elif spared:
             label, rule, decay = "no_decay", config.name, 0.0
+        else:
+            label, rule, decay = "decay", config.name, config.weight_decay
         label += f"/{part}" if part else ""
         if label not in out:
             lr = config.lr * factor
-            out[label] = Group(name=label, rule=rule, params=[], weight_decay=decay, lr=lr, scale=factor)
+            out[label] = Group(
+                name=label, rule=rule, params=[], adapts=not spared, weight_decay=decay, lr=lr, scale=factor
+            )
         out[label]["params"].append(parameter)
     return list(out.values())
 

@@ -9,14 +9,20 @@ In step t, with m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, and m' = m 
 - `adam_bert`, of BERT's optimization.py, which LXMERT, ViLBERT and VLP train with: p <- p - lr (m / (sqrt(v) + eps) +
   decay p). No bias is corrected: step t is (1 - b1^t) / sqrt(1 - b2^t) times Adam's, 6.5 times in step 10 with the
   default betas, which the published warm-up from 0 makes up for
+- `lamb` (You et al. 2020, algorithm 2, with phi(z) = z), for batches of many thousands: u = m' / (sqrt(v') + eps) +
+  decay p, then p <- p - lr |p| / |u| u, with the norms of each parameter on its own. Where one of them is 0, and for
+  parameters that are spared from decay (as in ALBERT's lamb_optimizer.py and TensorFlow Addons), the ratio is 1
 - `sgd`, torch's, for `optim.sgd.parts`: b <- momentum b + g + decay p, p <- p - lr b
+
+`optim.clip_each` scales each parameter's gradient down to that norm before any of them (1: ViLBERT and VLP, whose
+BertAdam does it).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +30,11 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from vlscale import distributed
+from vlscale.errors import ConfigError
 from vlscale.optim import OptimConfig, groups
+
+Span = tuple[int, int, int]  # number of a parameter, its first element in a flat tensor, how many lie there
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -34,13 +44,71 @@ def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimCon
         ConfigError: see `optim.groups`.
     """
     made: list[Any] = [{**group, "lr": 0.0} for group in groups(named_parameters, config)]
-    if config.name == "adamw" and config.sgd is None:
+    if config.name == "adamw" and config.sgd is None and config.clip_each == 0:
         return torch.optim.AdamW(made, betas=config.betas, eps=config.eps, fused=True)
     return ByGroup(made, config)
 
 
+def check_offload(optimizer: torch.optim.Optimizer, ds: Mapping[str, Any]) -> None:
+    """Whether DeepSpeed under the configuration `ds` steps all of the model by this optimizer.
+
+    Raises:
+        ConfigError: it leaves a share of it on the GPU, and moves that by an AdamW of its own.
+    """
+    ratio = (ds.get("zero_optimization", {}).get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio < 1 and isinstance(optimizer, ByGroup):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer.ratio is {ratio} in the ds_config, and what it leaves on the GPU "
+            f'DeepSpeed moves by its own AdamW; write "ratio": 1.0, or optim.name=adamw without optim.sgd and '
+            f"optim.clip_each"
+        )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which parameters lie where in the flat tensors that ZeRO hands an optimizer.
+
+    With no `spans` every tensor is one whole parameter, on every rank.
+    """
+
+    spans: Mapping[Tensor, Sequence[Span]] = field(default_factory=dict)  # of every flat tensor, what it holds
+    count: int = 0  # parameters that are numbered, the same on all ranks
+    device: torch.device | None = None  # from which messages to other ranks go
+
+    def of(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces of parameters that `values`, of the shapes of `tensors`, hold on this rank: views."""
+        if not self.spans:
+            return list(values)
+        pairs = zip(tensors, values, strict=True)
+        return [value[start : start + count] for each, value in pairs for _, start, count in self.spans[each]]
+
+    def norms(self, tensors: Sequence[Tensor], *several: Sequence[Tensor]) -> Tensor:
+        """[len(several), pieces]: the L2 norm of the whole parameter, over all ranks, that each piece is of.
+
+        All in ONE message; every rank calls it with the same tensors' parts.
+        """
+        pieces = [self.of(tensors, values) for values in several]
+        if not self.spans:
+            return torch.stack([torch.stack(list(torch._foreach_norm(each))) for each in pieces])
+        numbers = [number for each in tensors for number, _, _ in self.spans[each]]
+        squares = torch.zeros(len(several), self.count, device=tensors[0].device)
+        for row, each in zip(squares, pieces, strict=True):
+            if each:
+                row[numbers] = torch.stack(list(torch._foreach_norm(each))).square()
+        message = squares.to(self.device)
+        distributed.sum_(message)
+        return message.sqrt().to(squares.device)[:, numbers]
+
+    def scale_(self, tensors: Sequence[Tensor], values: Sequence[Tensor], factors: Tensor) -> None:
+        """Multiply each piece of `values` by its own of `factors` [pieces], in place."""
+        for piece, factor in zip(self.of(tensors, values), factors.unbind(), strict=True):
+            piece.mul_(factor)
+
+
 class ByGroup(torch.optim.Optimizer):
     """Moves each parameter group by the rule that its "rule" names.
+
+    Whoever lets it step flat parts of parameters sets `pieces`.
 
     Args:
         parameter_groups: of `optim.groups`.
@@ -48,8 +116,9 @@ class ByGroup(torch.optim.Optimizer):
     """
 
     def __init__(self, parameter_groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
-        momentum = config.sgd.momentum if config.sgd else 0.0
-        super().__init__(parameter_groups, {"betas": config.betas, "eps": config.eps, "momentum": momentum})
+        shared = {"betas": config.betas, "eps": config.eps, "clip_each": config.clip_each}
+        super().__init__(parameter_groups, {**shared, "momentum": config.sgd.momentum if config.sgd else 0.0})
+        self.pieces = Pieces()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -66,7 +135,10 @@ class ByGroup(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 gradients = [parameter.grad for parameter in parameters]
-                RULES[group["rule"]](Move(parameters, gradients, [self.state[each] for each in parameters], group))
+                if group["clip_each"] > 0:
+                    gradients = _clipped(gradients, parameters, group["clip_each"], self.pieces)
+                states = [self.state[parameter] for parameter in parameters]
+                RULES[group["rule"]](Move(parameters, gradients, states, group, self.pieces))
         return loss
 
 
@@ -78,6 +150,7 @@ class Move:
     gradients: list[Tensor]  # of their shapes
     states: list[dict[str, Any]]  # what is kept from step to step
     options: Mapping[str, Any]  # the group
+    pieces: Pieces
 
     def kept(self, name: str) -> list[Tensor]:
         """A tensor of each parameter's shape from its state, zeros at first."""
@@ -92,6 +165,14 @@ class Move:
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
         return [state["step"] for state in self.states]
+
+
+def _clipped(gradients: list[Tensor], parameters: list[Tensor], greatest: float, pieces: Pieces) -> list[Tensor]:
+    """Each parameter's gradient as torch's clip_grad_norm_ would scale it alone (1e-6 beside the norm)."""
+    (norms,) = pieces.norms(parameters, gradients)
+    clipped = [gradient.clone() for gradient in gradients]
+    pieces.scale_(parameters, clipped, (greatest / (norms + 1e-6)).clamp(max=1.0))
+    return clipped
 
 
 def _adamw(move: Move) -> None:
@@ -117,8 +198,7 @@ def _adamw(move: Move) -> None:
 def _adamw_transformers(move: Move) -> None:
     means, squares, lr = *_moments(move), move.options["lr"]
     first, second = move.options["betas"]
-    torch._foreach_add_(move.steps(), 1)
-    counts = [float(step) for step in move.steps()]
+    counts = _count(move)
     rates = [-lr * math.sqrt(1 - second**count) / (1 - first**count) for count in counts]
     torch._foreach_addcdiv_(move.parameters, means, _roots(squares, move.options["eps"]), rates)
     if move.options["weight_decay"] > 0:
@@ -133,6 +213,28 @@ def _adam_bert(move: Move) -> None:
     torch._foreach_add_(move.parameters, updates, alpha=-move.options["lr"])
 
 
+def _lamb(move: Move) -> None:
+    means, squares = _moments(move)
+    first, second = move.options["betas"]
+    counts = _count(move)
+    unbiased = torch._foreach_div(squares, [1 - second**count for count in counts])
+    updates = torch._foreach_div(means, _roots(unbiased, move.options["eps"]))
+    torch._foreach_div_(updates, [1 - first**count for count in counts])
+    if move.options["weight_decay"] > 0:
+        torch._foreach_add_(updates, move.parameters, alpha=move.options["weight_decay"])
+    if move.options["adapts"]:
+        held, asked = move.pieces.norms(move.parameters, move.parameters, updates)
+        ratios = torch.where((held > 0) & (asked > 0), held / asked, 1.0)
+        move.pieces.scale_(move.parameters, updates, ratios)
+    torch._foreach_add_(move.parameters, updates, alpha=-move.options["lr"])
+
+
+def _count(move: Move) -> list[float]:
+    """The number of this step for each parameter, from 1."""
+    torch._foreach_add_(move.steps(), 1)
+    return [float(step) for step in move.steps()]
+
+
 def _moments(move: Move) -> tuple[list[Tensor], list[Tensor]]:
     """Adam's running means of the gradient and of its square, with this step's."""
     means, squares = move.kept("exp_avg"), move.kept("exp_avg_sq")
@@ -143,7 +245,7 @@ def _moments(move: Move) -> tuple[list[Tensor], list[Tensor]]:
     return means, squares
 
 
-def _roots(squares: list[Tensor], eps: float) -> list[Tensor]:
+def _roots(squares: list[Tensor] | tuple[Tensor, ...], eps: float) -> list[Tensor]:
     roots = torch._foreach_sqrt(squares)
     torch._foreach_add_(roots, eps)
     return list(roots)
@@ -169,5 +271,6 @@ RULES: Mapping[str, Callable[[Move], None]] = {
     "adamw": _adamw,
     "adamw_transformers": _adamw_transformers,
     "adam_bert": _adam_bert,
+    "lamb": _lamb,
     "sgd": _sgd,
 }

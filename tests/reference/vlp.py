@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference.compare import Folder
+from vlscale import optimizers
 from vlscale.families import vlp
 from vlscale.model import PretrainModel
 from vlscale.nn.single_stream import left_to_right
 from vlscale.objectives import seq2seq
-from vlscale.optim_bert import BertAdam, triangle
+from vlscale.optim import OptimConfig, lr_at
 from vlscale.types import IGNORE, Batch, Loss, Moment, Stream, Text, Visual
 from vlscale.weights import fill, find
 
@@ -27,7 +28,8 @@ Tensors = dict[str, Tensor]
 LEFT_TO_RIGHT = 3  # in task_idx
 RATIOS = [number / 20 for number in range(1, 20)]  # of dropped samples; the folder stores one of them
 DECODED = 5  # tokens, by the folder's README
-TOY_RATE, TOY_DECAY, TOY_STEPS, TOY_WARMUP = 0.01, 0.01, 20, 0.1  # by the folder's README
+TOY_STEPS = 20  # and so on: by the folder's README
+TOY = OptimConfig("adam_bert", lr=0.01, eps=1e-6, weight_decay=0.01, clip_each=1.0, schedule="linear", warmup=2)
 WATCHED = {r"joined": "embeddings", r"stack\.blocks\.(\d+)": r"hidden_layer\1", r"pooler": "pooled"}
 BESIDE = {"content": "vis_embed_out", "place": "vis_pe_embed_out"}
 
@@ -224,15 +226,14 @@ def _decode(folder: Folder, inputs: Tensors) -> Tensors:
 
 
 def _toy(inputs: Tensors) -> Tensors:
-    """Steps of BertAdam on two tensors under its schedule, with given gradients."""
+    """Steps of the optimizer on two tensors under its schedule, with given gradients."""
     w, b = (nn.Parameter(inputs[f"optim/{name}0"].clone()) for name in ("w", "b"))
-    groups = [{"params": [w], "weight_decay": TOY_DECAY}, {"params": [b], "weight_decay": 0.0}]
-    optimizer = BertAdam(groups, lr=TOY_RATE, clip_each=1.0)
+    optimizer = optimizers.build([("w", w), ("b", b)], TOY)
     found: Tensors = {}
     for step, gradients in enumerate(zip(inputs["optim/gw"], inputs["optim/gb"], strict=True), start=1):
         w.grad, b.grad = gradients
         for group in optimizer.param_groups:
-            group["lr"] = TOY_RATE * triangle(step, TOY_STEPS, TOY_WARMUP)
+            group["lr"] = lr_at(step, TOY, TOY_STEPS)
         optimizer.step()
         found |= {f"optim/step{step}/w": w.detach().clone(), f"optim/step{step}/b": b.detach().clone()}
     return found
