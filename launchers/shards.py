@@ -37,13 +37,14 @@ def make(argv: list[str]) -> int:
     """Write shards from another format."""
     parser = _parser("make", make.__doc__)
     for name, metavar, text in (
-        ("--captions", "FILE", "texts of the pictures: json, jsonl, csv or tsv; for uniter_lmdb the text DB"),
         ("--vocab", "FILE", "vocab.txt that the token ids of uniter_lmdb are of"),
         ("--class_names", "FILE", "the detector's class names, one per line; they become tags"),
     ):
         parser.add_argument(name, type=Path, default=None, metavar=metavar, help=text)
     parser.add_argument("--from", dest="format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or folders in that format")
+    text = "texts of the pictures: json, jsonl, csv or tsv; for uniter_lmdb its text DBs"
+    parser.add_argument("--captions", nargs="+", type=Path, default=(), metavar="FILE", help=text)
     _layout_options(parser)
     options = _parse(parser, argv)
 

@@ -96,7 +96,7 @@ def test_uniters_databases(tmp_path: Path, name: str, encode: Any) -> None:
     images = image_db(tmp_path / "coco" / name, {f"coco_{n}.npz": encode(uniter_arrays(n)) for n in (1, 2)})
     texts = text_db(tmp_path / "coco.db", TEXTS)
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS))
-    options = {"captions": texts, "vocab": tmp_path / "vocab.txt"}
+    options = {"captions": [texts], "vocab": tmp_path / "vocab.txt"}
     samples = read(made(tmp_path, "uniter_lmdb", images.parent, options=options))
     record, regions, _ = samples["coco_1"]
     assert record["caption"] == ["A cats sit.", "A dog"]
@@ -151,7 +151,7 @@ def test_text_databases_that_do_not_fit(tmp_path: Path) -> None:
         (captions, tmp_path / "coco.db", ConfigError, "vocab.txt cannot be read"),
     ):
         with pytest.raises(error, match=says):
-            open_source("uniter_lmdb", [images], captions=texts, vocab=vocab)
+            open_source("uniter_lmdb", [images], captions=[texts], vocab=vocab)
     with pytest.raises(DataError, match="holds no LMDB"):
         open_source("uniter_lmdb", [tmp_path / "vocab.txt"])
 
@@ -192,7 +192,7 @@ def test_oscars_files(tmp_path: Path, rows: str) -> None:
     folder = write_oscar(tmp_path / "in", rows=rows)
     captions = [{"image_id": "1", "caption": "a cat"}, {"image_id": "2", "caption": "a dog"}]
     (tmp_path / "train_caption.json").write_text(json.dumps(captions))
-    samples = read(made(tmp_path, "oscar_tsv", folder, options={"captions": tmp_path / "train_caption.json"}))
+    samples = read(made(tmp_path, "oscar_tsv", folder, options={"captions": [tmp_path / "train_caption.json"]}))
     assert list(samples) == ["1", "2"]
     for n, caption in ((1, "a cat"), (2, "a dog")):
         record, regions, _ = samples[str(n)]
@@ -227,7 +227,7 @@ def test_oscars_corpus_gives_captions(tmp_path: Path) -> None:
     (tmp_path / "corpus.tsv").write_text(
         "coco_1\tcoco_1\ta cat\ncoco_2\tcoco_2\ta dog\ncoco_1\tcoco_1\tanother cat\ncoco_1\tcoco_qa_1_9\twhy?\n"
     )
-    samples = read(made(tmp_path, "oscar_tsv", folder, options={"captions": tmp_path / "corpus.tsv"}))
+    samples = read(made(tmp_path, "oscar_tsv", folder, options={"captions": [tmp_path / "corpus.tsv"]}))
     assert samples["1"][0]["caption"] == ["a cat", "another cat"]
 
 
@@ -282,7 +282,7 @@ def test_vlps_hdf5_files(tmp_path: Path) -> None:
     karpathy = {"images": [{"filename": f"COCO_{n}.jpg", "sentences": [{"raw": f"picture {n}"}]} for n in
                            ("000001042", "000002042", "000000043")]}  # fmt: skip
     (tmp_path / "dataset_coco.json").write_text(json.dumps(karpathy))
-    samples = read(made(tmp_path, "vlp", folder, options={"captions": tmp_path / "dataset_coco.json"}))
+    samples = read(made(tmp_path, "vlp", folder, options={"captions": [tmp_path / "dataset_coco.json"]}))
     for name, number in (("COCO_000001042", 1), ("COCO_000002042", 2), ("COCO_000000043", 3)):
         assert samples[name][0]["caption"] == f"picture {name[5:]}"
         check_vlp(samples[name][1], number)

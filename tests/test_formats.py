@@ -175,7 +175,7 @@ CAPTION_FILES = {
 def test_captions_in_one_file(tmp_path: Path, name: str) -> None:
     source = write_pictures(tmp_path / "in" / "deeper", 2).parent
     (tmp_path / name).write_text(CAPTION_FILES[name])
-    samples = read(made(tmp_path, "folder", source, options={"captions": tmp_path / name}))
+    samples = read(made(tmp_path, "folder", source, options={"captions": [tmp_path / name]}))
     assert samples["deeper/p0"][0] == {"caption": ["first", "second"], "width": 24, "height": 24}
     assert samples["deeper/p1"][0]["caption"] == "other"
     assert samples["deeper/p0"][2]["png"] == png(0)
@@ -196,15 +196,45 @@ def test_a_picture_without_a_text_is_named(tmp_path: Path) -> None:
     (source / "p1.txt").unlink()
     assert made(tmp_path / "a", "folder", source).named[0][0] == "p1"
     (tmp_path / "c.csv").write_text("image,caption\np0.png,first\n")
-    written = made(tmp_path / "b", "folder", source, options={"captions": tmp_path / "c.csv"})
-    assert written.named == [("p1", f"{tmp_path / 'c.csv'} has no text for it")]
+    written = made(tmp_path / "b", "folder", source, options={"captions": [tmp_path / "c.csv"]})
+    assert written.named == [("p1", "the captions have no text for it")]
+
+
+def test_a_text_of_another_folder_is_not_taken(tmp_path: Path) -> None:
+    for folder in ("a", "b", "c"):
+        write_pictures(tmp_path / "in" / folder, 1)
+    (tmp_path / "c.csv").write_text("image,caption\na/p0.png,in a\nin/b/p0.png,in b\n0.png,zero\n")
+    written = made(tmp_path, "folder", tmp_path / "in", options={"captions": [tmp_path / "c.csv"]})
+    assert {key: record["caption"] for key, (record, _, _) in read(written).items()} == {"a/p0": "in a"}
+    (tmp_path / "d.csv").write_text("image,caption\nin/b/p0.png,in b\n")
+    written = made(tmp_path / "again", "folder", tmp_path / "in", options={"captions": [tmp_path / "d.csv"]})
+    assert {key: record["caption"] for key, (record, _, _) in read(written).items()} == {"b/p0": "in b"}
+
+
+def test_several_files_of_captions(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("image,caption\np0.png,first\n")
+    (tmp_path / "two.json").write_text('{"p0": "second", "p1": "other"}')
+    files = [tmp_path / "one.csv", tmp_path / "two.json"]
+    samples = read(made(tmp_path, "folder", write_pictures(tmp_path / "in", 2), options={"captions": files}))
+    assert samples["p0"][0]["caption"] == ["first", "second"]
+    (tmp_path / "two.json").write_text("{}")
+    with pytest.raises(DataError, match=r"two\.json hold no text with a picture's name"):
+        open_source("folder", [tmp_path / "in"], captions=files)
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "in", 1)
+    write_pictures(source / ".thumbnails", 1)
+    (source / "._p0.png").write_bytes(b"of another system")
+    written = made(tmp_path, "folder", source)
+    assert (written.samples, written.broken) == (1, 0)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"annotations": [1]}', '[{"image": "p0.png"}, 3]'])
 def test_captions_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(DataError, match=r"captions .*c\.json"):
-        made(tmp_path, "folder", write_pictures(tmp_path / "in", 1), options={"captions": tmp_path / "c.json"})
+        made(tmp_path, "folder", write_pictures(tmp_path / "in", 1), options={"captions": [tmp_path / "c.json"]})
 
 
 # --- npz ---------------------------------------------------------------------------------------------------
@@ -319,7 +349,7 @@ def test_lxmert_tsv_with_its_texts(tmp_path: Path) -> None:
         {"img_id": "COCO_train2014_43", "sentf": {"mscoco": ["a cow"]}, "labelf": {}},
     ]
     (tmp_path / "t.json").write_text(json.dumps(texts))
-    samples = read(made(tmp_path, "lxmert_tsv", tmp_path / "a.tsv", options={"captions": tmp_path / "t.json"}))
+    samples = read(made(tmp_path, "lxmert_tsv", tmp_path / "a.tsv", options={"captions": [tmp_path / "t.json"]}))
     record, regions, _ = samples["COCO_train2014_000000000042"]
     same(regions, picture_arrays(1))
     same(samples["COCO_train2014_43"][1], picture_arrays(2))
@@ -331,7 +361,7 @@ def test_lxmert_tsv_with_its_texts(tmp_path: Path) -> None:
 def test_captions_are_found_by_cocos_number(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text(tsv_line("COCO_train2014_000000000042", 1))
     (tmp_path / "c.json").write_text(json.dumps({"annotations": [{"image_id": 42, "caption": "a cat"}]}))
-    samples = read(made(tmp_path, "lxmert_tsv", tmp_path, options={"captions": tmp_path / "c.json"}))
+    samples = read(made(tmp_path, "lxmert_tsv", tmp_path, options={"captions": [tmp_path / "c.json"]}))
     assert samples["COCO_train2014_000000000042"][0]["caption"] == "a cat"
 
 

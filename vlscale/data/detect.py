@@ -22,7 +22,7 @@ from vlscale.data.decode import Pixels, decode
 from vlscale.data.detections import Detections, write_regions
 from vlscale.data.samples import REGION_FIELD, picture_field
 from vlscale.data.shards import Shards
-from vlscale.data.write import Member, Written, rewrite
+from vlscale.data.write import Member, Written, require_dtype, rewrite
 from vlscale.errors import ConfigError
 
 LEAST = 10  # regions that stay whatever their confidence: MIN_BOXES of bottom-up attention's tools/generate_tsv.py
@@ -145,6 +145,7 @@ def add_regions(
     """
     if batch < 1:
         raise ConfigError(f"--batch is {batch}; write 1 or more")
+    require_dtype(dtype)
 
     def change(numbers: range) -> Iterator[Member]:
         for start in range(numbers.start, numbers.stop, batch):

@@ -83,8 +83,13 @@ class Layout:
                 raise ConfigError(f"--{option} is {getattr(self, name)}; write {least} or more")
         if not re.fullmatch(r"[\w-]+", self.prefix):
             raise ConfigError(f"--prefix '{self.prefix}' cannot start a shard's name; write letters, digits, _ and -")
-        if self.dtype not in ("float16", "float32"):
-            raise ConfigError(f"--dtype is '{self.dtype}'; write float16 or float32")
+        require_dtype(self.dtype)
+
+
+def require_dtype(dtype: str) -> None:
+    """ConfigError unless features can be written as `dtype`."""
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"--dtype is '{dtype}'; write float16 or float32")
 
 
 def make(source: Source[Any], layout: Layout, named: int = 10) -> Written:

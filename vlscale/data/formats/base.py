@@ -40,7 +40,7 @@ NAMES = {  # of `Detections` -> the names in use, ours first
 class Options(NamedTuple):
     """What the command line says of a source."""
 
-    captions: Path | None = None
+    captions: tuple[Path, ...] = ()
     vocab: Path | None = None
     class_names: Path | None = None
 
@@ -59,7 +59,7 @@ class Extras:
     """Captions and class names, which go with any format's regions."""
 
     def __init__(self, options: Options) -> None:
-        """Read both files. DataError if one cannot be read."""
+        """Read the files. DataError if one cannot be read."""
         self.texts: Texts | None = read_texts(options.captions) if options.captions else None
         self.class_names = read_names(options.class_names) if options.class_names else None
 
@@ -75,7 +75,7 @@ def texts_of(texts: Texts, name: str) -> dict[str, object]:
     """Captions and questions of a picture. ValueError if there are none."""
     found = texts.of(name)
     if not found:
-        raise ValueError(f"{texts.path} has no text for it")
+        raise ValueError("the captions have no text for it")
     return found
 
 
@@ -156,13 +156,14 @@ def to_pixels(boxes: NDArray[Any], width: int, height: int, normalised: bool) ->
 
 
 def files_in(paths: Sequence[Path], pattern: str, what: str) -> Iterator[tuple[Path, Path]]:
-    """(folder, file) of the files that `paths` are or hold, sorted. DataError if there is none of them."""
+    """(folder, file) of the files that `paths` are or hold, sorted, but for hidden ones. DataError if there is none."""
     found = False
     for path in paths:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file() and re.fullmatch(pattern, file.name, re.IGNORECASE):
+        folder = path if path.is_dir() else path.parent
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if not hidden and file.is_file() and re.fullmatch(pattern, file.name, re.IGNORECASE):
                 found = True
-                yield (path if path.is_dir() else path.parent), file
+                yield folder, file
     if not found:
         raise DataError(f"{', '.join(map(str, paths))} holds no {what}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ Record = Mapping[str, Any]
 class Texts:
     """Captions and questions by picture."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self._captions: dict[str, list[str]] = {}
         self._questions: dict[str, list[dict[str, str]]] = {}
         self._by_base: dict[str, str | None] = {}  # last part of a name -> the name, None where two share it
+        self._count = 0
 
     def add(
         self, name: object, captions: Iterable[object] = (), questions: Iterable[tuple[object, object]] = ()
@@ -37,25 +37,32 @@ class Texts:
         if key not in self._captions:
             base = key.rsplit("/", 1)[-1]
             self._by_base[base] = key if base not in self._by_base else None
-        kept = self._captions.setdefault(key, [])
-        kept += [str(caption).strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+        told = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
         pairs = [{"q": str(q).strip(), "a": str(a).strip()} for q, a in questions if q and a is not None]
-        self._questions.setdefault(key, []).extend(pair for pair in pairs if all(pair.values()))
+        asked = [pair for pair in pairs if all(pair.values())]
+        self._captions.setdefault(key, []).extend(told)
+        self._questions.setdefault(key, []).extend(asked)
+        self._count += len(told) + len(asked)
 
     def __len__(self) -> int:
-        return len(self._captions)
+        """How many texts there are."""
+        return self._count
 
     def of(self, name: str) -> dict[str, object]:
         """`caption` (a string, or a list of several) and `qa` of a picture; empty if there are none.
 
-        Found by the whole name, by its last part, or by the number at its end: COCO_val2014_000000000042 is 42.
+        Found by its name, by the end of its path where that is one picture's alone, or by COCO's number:
+        COCO_val2014_000000000042 and 000000000042 are 42.
         """
         key = stem(name)
         base = key.rsplit("/", 1)[-1]
-        digits = re.search(r"\d+$", base)
-        number = str(int(digits[0])) if digits else ""
-        keys = (key, self._by_base.get(base), number)
-        found = next((each for each in keys if each is not None and each in self._captions), None)
+        near = self._by_base.get(base) or key
+        if not (f"/{near}".endswith(f"/{key}") or f"/{key}".endswith(f"/{near}")):
+            near = key  # the same name in another folder
+        digits = re.search(r"(?:^|_)(\d{12})$", base)
+        found = next(
+            (each for each in (key, near, str(int(digits[1])) if digits else key) if each in self._captions), None
+        )
         if found is None:
             return {}
         captions, questions = self._captions[found], self._questions[found]
@@ -68,11 +75,20 @@ def stem(name: str) -> str:
     return ENDS.sub("", name.strip())
 
 
-def read_texts(path: Path) -> Texts:
-    """The texts of a file: json (COCO's, Karpathy's, LXMERT's, a mapping, a list), jsonl, csv, tsv, or a text file
-    of `picture<tab>caption` lines. DataError if it cannot be read or holds none.
+def read_texts(paths: Sequence[Path]) -> Texts:
+    """The texts of files: json (COCO's, Karpathy's, LXMERT's, a mapping, a list), jsonl, csv, tsv, or text files
+    of `picture<tab>caption` lines. DataError if one cannot be read, or if there is no text in it.
     """
-    texts = Texts(path)
+    texts = Texts()
+    for path in paths:
+        before = len(texts)
+        _read(texts, path)
+        if len(texts) == before:
+            raise DataError(f"captions {path} hold no text with a picture's name; {_FORMS}")
+    return texts
+
+
+def _read(texts: Texts, path: Path) -> None:
     try:
         if path.suffix == ".json":
             _from_json(texts, json.loads(path.read_text(encoding="utf-8")))
@@ -86,9 +102,6 @@ def read_texts(path: Path) -> Texts:
         raise DataError(f"captions {path} cannot be read ({error})") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"captions {path} have a form that is not known ({error!r}); {_FORMS}") from error
-    if not len(texts):
-        raise DataError(f"captions {path} hold no text with a picture's name; {_FORMS}")
-    return texts
 
 
 _FORMS = f"write records with a name ({', '.join(NAME[:4])}) and a text ({', '.join(TEXT[:3])})"

@@ -19,7 +19,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Path]:
     """The pictures in `paths` and the folders below them. DataError if there is none."""
     files = [
         (str(file.relative_to(folder).with_suffix("")), file)
-        for folder, file in files_in(paths, r"[^.].*\.(jpe?g|png|webp)", "picture (jpg, png or webp)")
+        for folder, file in files_in(paths, r".*\.(jpe?g|png|webp)", "picture (jpg, png or webp)")
     ]
     return _Folder(files, read_texts(options.captions) if options.captions else None)
 
@@ -34,8 +34,8 @@ class _Folder:
 
     def sample(self, name: str, item: Path) -> Sample:
         record = texts_of(self.texts, name) if self.texts else beside(item)
-        if not record:
-            raise ValueError("it has no txt or json beside it, and no --captions are given")
+        if not {"caption", "qa", "question"} & set(record):
+            raise ValueError("it has no text in a txt or json beside it, and no --captions are given")
         field, data = picture(item)
         width, height = picture_size(data)
         return Sample({**record, "width": width, "height": height}, (field, data))

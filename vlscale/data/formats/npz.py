@@ -25,7 +25,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Path]:
     """The npz files in `paths` and the folders below them. DataError if there is none."""
     files = [
         (str(file.relative_to(folder).with_suffix("")), file)
-        for folder, file in files_in(paths, r"[^.].*\.npz", "npz file")
+        for folder, file in files_in(paths, r".*\.npz", "npz file")
     ]
     return _Npz(files, Extras(options))
 

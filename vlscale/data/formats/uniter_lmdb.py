@@ -35,9 +35,9 @@ def source(paths: Sequence[Path], options: Options) -> Source[tuple[Path, int | 
     found = [file.parent for path in paths for file in sorted(path.rglob("data.mdb"))]
     if not found:
         raise DataError(f"{', '.join(map(str, paths))} holds no LMDB (a folder with data.mdb)")
-    extras = Extras(options._replace(captions=None))
+    extras = Extras(options._replace(captions=()))
     if options.captions:
-        extras.texts = _texts(options.captions, options.vocab)
+        extras.texts = _texts(options.captions, _Words(options.vocab))
     return _Uniter(found, extras)
 
 
@@ -122,11 +122,16 @@ def _array(name: str, value: object) -> NDArray[Any]:
         raise ValueError(f"its {name} is of an unknown kind ({error})") from error
 
 
-def _texts(folder: Path, vocab: Path | None) -> Texts:
-    """The captions of a text DB, in the order of its ids."""
+def _texts(folders: Sequence[Path], words: _Words) -> Texts:
+    """The captions of text DBs, in the order of their ids."""
+    texts = Texts()
+    for folder in folders:
+        _read_texts(texts, folder, words)
+    return texts
+
+
+def _read_texts(texts: Texts, folder: Path, words: _Words) -> None:
     frame, msgpack = optional("lz4.frame"), optional("msgpack")
-    texts = Texts(folder)
-    words = _Words(vocab)
     with _open(folder) as environment, environment.begin() as read:
         for key, value in read.cursor():
             try:
@@ -141,7 +146,6 @@ def _texts(folder: Path, vocab: Path | None) -> Texts:
             if isinstance(record.get("target"), dict):
                 raise DataError(f"text DB {folder} is of questions whose answers are numbers; take one of captions")
             texts.add(name, [words(record, ids)])
-    return texts
 
 
 class _Words:

@@ -40,7 +40,7 @@ class _Files(NamedTuple):
 def source(paths: Sequence[Path], options: Options) -> Source[_Files]:
     """The files that `paths` are or hold. DataError if a kind is missing, ConfigError if h5py is."""
     optional("h5py")
-    files = [file for _, file in files_in(paths, r"[^.].*\.(h5|hdf5|npy)", "h5 or npy file")]
+    files = [file for _, file in files_in(paths, r".*\.(h5|hdf5|npy)", "h5 or npy file")]
     boxes = [file for file in files if file.suffix != ".npy" and not re.search(r"_(feat|cls)\w{3}\.h5$", file.name)]
     if not boxes:
         raise DataError(f"{', '.join(map(str, paths))} holds no h5 file of boxes; name it in --source as well")
