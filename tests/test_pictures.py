@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.shard_files import INPUTS, make_tokenizer, sample, write_samples
 from vlscale.data.augment import KeepRatio, OptionError
+from vlscale.data.loader import Loader, Plan
+from vlscale.data.order import TaskOrder
 from vlscale.data.pictures import pad_pictures
+from vlscale.data.shards import Shards
+from vlscale.data.views import parse
+from vlscale.errors import ConfigError
 from vlscale.families import soho
 from vlscale.nn.cnn import imagenet_pixels
 
@@ -125,3 +134,49 @@ def test_soho_reads_them() -> None:
     stream = family.encode_visual(batch)
     assert stream.mask is batch.mask
     assert stream.hidden.shape[:2] == (2, 2 * 3)
+
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "visual.masked": {"keep_ratio": {"short": 128, "long": 256, "mask": "authors"}},
+    "text.masked": {"mask_tokens": {}},
+}
+
+
+def loader_of(folder: Path, any_size: bool) -> Loader:
+    sizes = ((40, 60), (50, 40))
+    encoded = [cv2.imencode(".png", picture(*size))[1].tobytes() for size in sizes]
+    listed = {i: sample(i, picture=data) for i, data in enumerate(encoded)}
+    shards = Shards(write_samples(folder / "shards", 2, 2, listed), folder / "cache")
+    plan = Plan({"all": parse(VIEWS)}, TaskOrder({"all": 1.0}, 0), 0)
+    inputs = replace(INPUTS, any_size=any_size)
+    return Loader(shards, make_tokenizer(folder), inputs, plan, batch=2, micro_batch=2, rank=0, world=1, workers=0)
+
+
+def test_the_loader_pads_them(tmp_path: Path) -> None:
+    ((_, (batch,)),) = loader_of(tmp_path, any_size=True).steps(0, 1)
+    view, order = batch.visual["masked"], batch.pair_id.tolist()
+    assert view.feats.shape == (2, 3, 160, 192)  # 128 x 192 and 160 x 128
+    assert view.mask is not None
+    assert view.mask[order.index(1)].tolist() == [True] * 6  # mask "picture" would hide the last column
+    upright = view.feats[order.index(1)]
+    assert upright[:, :, :128].float().std() > 20
+    assert (upright[:, :, 128:] == torch.tensor([124, 116, 104])[:, None, None]).all()
+
+
+def test_a_family_of_squares_refuses_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"views\.visual\.masked\.keep_ratio .* squares of 16 pixels"):
+        loader_of(tmp_path, any_size=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"keep_ratio": {"shrt": 3}}, "short"),
+        ({"keep_ratio": {"mask": "author"}}, "picture or authors"),
+        ({"keep_ratio": {"multiple": 48}}, "multiple of 32"),
+        ({"keep_ratio": {}, "random_resized_crop": {}}, "keep_ratio: should be left out"),
+    ],
+)
+def test_wrong_views(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=rf"views\.visual\.clean.*{sentence}"):
+        parse({"visual.clean": options})

@@ -153,6 +153,7 @@ class Inputs:
     geometry: Geometry = ""  # which numbers those are
     tags: bool = False  # whether the names of a picture's objects stand behind each text: words [SEP] tags [SEP]
     fields: frozenset[str] = frozenset()  # of `Visual`, beside feats, mask and boxes, that the family reads
+    any_size: bool = False  # whether pictures may have any shape, with `Visual.mask` of cells of 64 x 64 pixels
 
 
 class Moment(NamedTuple):

@@ -1,8 +1,8 @@
-"""Samples of different lengths to one `Batch`: padded ids and regions, stacked pixels."""
+"""Samples of different lengths to one `Batch`: padded ids and regions, pixels stacked or padded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlscale.data.augment import KeepRatio
 from vlscale.data.decode import Pixels
 from vlscale.data.masking import Ids
+from vlscale.data.pictures import pad_pictures
 from vlscale.data.regions import Floats
 from vlscale.types import IGNORE, Batch, Text, Visual
 
@@ -41,11 +43,18 @@ class Sample:
     answer: int | None = None
 
 
-def collate(samples: Sequence[Sample], pad: int, task: str = "all", targets: bool = False) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    pad: int,
+    task: str = "all",
+    targets: bool = False,
+    keep_ratio: Mapping[str, KeepRatio] | None = None,
+) -> Batch:
     """One micro-batch; `pad` is the id of [PAD]. Texts and regions are as many as the most of them.
 
-    `targets`: whether someone restores features.
+    `targets`: whether someone restores features. `keep_ratio`: the views whose pictures differ in shape.
     """
+    shapes = keep_ratio or {}
     first = samples[0]
     text = {view: pad_texts([sample.text[view] for sample in samples], pad) for view in first.text}
     segments = [sample.segments for sample in samples if sample.segments is not None]
@@ -53,7 +62,7 @@ def collate(samples: Sequence[Sample], pad: int, task: str = "all", targets: boo
         padded = torch.from_numpy(_padded(segments, 0, np.int64))
         text = {view: each._replace(segments=padded) for view, each in text.items()}
     regions = [sample.regions for sample in samples if sample.regions is not None]
-    visual = {view: stack_pictures([sample.visual[view] for sample in samples]) for view in first.visual}
+    visual = {view: _pictures([sample.visual[view] for sample in samples], shapes.get(view)) for view in first.visual}
     return Batch(
         text=text,
         visual=stack_regions(regions, targets) if regions else visual,
@@ -83,6 +92,12 @@ def stack_pictures(pictures: Sequence[Pixels]) -> Visual:
     for i, picture in enumerate(pictures):
         pixels[i] = picture.transpose(2, 0, 1)
     return Visual(torch.from_numpy(pixels))
+
+
+def _pictures(pictures: Sequence[Pixels], keep_ratio: KeepRatio | None) -> Visual:
+    if keep_ratio is None:
+        return stack_pictures(pictures)
+    return pad_pictures(pictures, keep_ratio.multiple, keep_ratio.mask)
 
 
 def stack_regions(samples: Sequence[RegionSample], targets: bool) -> dict[str, Visual]:

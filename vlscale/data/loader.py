@@ -72,7 +72,8 @@ class _MicroBatches(Dataset[_Loaded]):
         try:
             positions = range(start, start + self.place.micro_batch)
             samples = [self.sample(position, views, draws, bad) for position in positions]
-            return _Loaded(collate(samples, self.pad, task, "targets" in self.plan.fields), tuple(bad))
+            batch = collate(samples, self.pad, task, "targets" in self.plan.fields, views.keep_ratio())
+            return _Loaded(batch, tuple(bad))
         except DataError as error:
             return _Loaded(None, tuple(bad), str(error))
 
@@ -122,9 +123,11 @@ class Loader:
         """`batch` counts the samples of a step over all ranks, `micro_batch` those of one forward pass.
 
         With 0 `workers` a thread works ahead, else that many processes. ConfigError if `batch` is no multiple of
-        micro_batch * world; DataError if there are no samples.
+        micro_batch * world, or if `keep_ratio` is asked of a family that reads squares; DataError if there are no
+        samples.
         """
         check_batch(batch, micro_batch, world)
+        check_shapes(plan.views, inputs)
         self._place = _Place(batch, micro_batch, rank, world)
         asks = any(views.answers for views in plan.views.values())
         texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
@@ -215,6 +218,16 @@ def check_batch(batch: int, micro_batch: int, world: int) -> None:
             f"data.batch={batch} is not a multiple of data.micro_batch={micro_batch} times {world} ranks; "
             f"write data.batch={near}"
         )
+
+
+def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:
+    """ConfigError if pictures keep their shape and the family reads squares alone."""
+    for name in [name for each in views.values() for name in each.keep_ratio()]:
+        if not inputs.any_size:
+            raise ConfigError(
+                f"views.visual.{name}.keep_ratio gives pictures of any shape, but this family reads squares of "
+                f"{inputs.image_size} pixels; leave it out, or choose a family that reads any shape, such as soho"
+            )
 
 
 def _as_is(loaded: T) -> T:

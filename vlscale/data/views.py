@@ -21,6 +21,7 @@ from vlscale.data.augment import (
     ColorJitter,
     Flip,
     Grayscale,
+    KeepRatio,
     OptionError,
     RandAugment,
     RandomResizedCrop,
@@ -36,19 +37,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class VisualView:
-    """One view of the pictures: crop or plain resize, then the others in the order that they stand here."""
+    """One view of the pictures: a crop, its own shape, or plain resize, then the others in the order that they stand
+    here."""
 
     random_resized_crop: RandomResizedCrop | None = None
+    keep_ratio: KeepRatio | None = None  # of families that read pictures of any size
     color_jitter: ColorJitter | None = None
     grayscale: Grayscale | None = None
     blur: Blur | None = None
     flip: Flip | None = None
     rand_augment: RandAugment | None = None
 
+    def __post_init__(self) -> None:
+        alone = not (self.keep_ratio and self.random_resized_crop)
+        require(alone, "keep_ratio", "left out beside random_resized_crop, which makes squares")
+
     def __call__(self, pixels: Pixels, size: int, rng: Generator) -> Pixels:
-        """uint8 [size, size, 3]."""
-        crop = self.random_resized_crop
-        pixels = crop(pixels, size, rng) if crop else resize(pixels, size, size)
+        """uint8 [size, size, 3], or [h, w, 3] with `keep_ratio`."""
+        if self.keep_ratio:
+            pixels = self.keep_ratio(pixels)
+        elif self.random_resized_crop:
+            pixels = self.random_resized_crop(pixels, size, rng)
+        else:
+            pixels = resize(pixels, size, size)
         for operation in (self.color_jitter, self.grayscale, self.blur, self.flip, self.rand_augment):
             if operation is not None:
                 pixels = operation(pixels, rng)
@@ -128,6 +139,10 @@ class Views:
     mismatch: Mismatch | None = None
     swap_tags: SwapTags | None = None
     answers: Answers | None = None
+
+    def keep_ratio(self) -> dict[str, KeepRatio]:
+        """{view: how} of those whose pictures keep their shape."""
+        return {name: view.keep_ratio for name, view in self.visual.items() if view.keep_ratio}
 
 
 VIEW_NAMES = ("clean", "masked", "augmented")

@@ -52,7 +52,7 @@ class Config:
     @property
     def inputs(self) -> Inputs:
         """What the data plane feeds this family."""
-        return Inputs(self.image_size, self.text_length, separator=True)
+        return Inputs(self.image_size, self.text_length, separator=True, any_size=True)
 
 
 class Soho(Family):
