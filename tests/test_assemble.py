@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def draw_all(shards: Shards, folder: Path, inputs: Inputs, views: dict[str, Any]
     return [make(2, parsed, lambda stream, position=position: draws(position, stream)) for position in range(DRAWS)]
 
 
-def said(sample: Sample, folder: Path, view: str = "clean") -> str:
-    return make_tokenizer(folder).decode(sample.text[view][0].tolist())
+tokenizer_in = lru_cache(make_tokenizer)
+
+
+def said(sample: Sample, folder: Path) -> str:
+    return tokenizer_in(folder).decode(sample.text["clean"][0].tolist())
 
 
 def shown(sample: Sample) -> int:

@@ -179,11 +179,13 @@ class DeepSpeedEngine(_Engine):
         norm = self._plain_gradients() if self.stage == 0 else None
         skipped = self._ds.skipped_steps
         self._ds.step()
+        applied = self._ds.skipped_steps == skipped
         if norm is None:
-            norm = float(self._ds.get_global_grad_norm() or math.nan)
+            found = self._ds.get_global_grad_norm() if applied else None  # of a skipped step it tells an earlier one
+            norm = math.nan if found is None else float(found)
         self._forget_gradients()
         scale = float(self._ds.optimizer.cur_scale) if self._fp16 else None
-        return StepReport(norm, self._ds.skipped_steps == skipped, scale)
+        return StepReport(norm, applied, scale)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.weights`."""

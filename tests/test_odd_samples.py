@@ -1,0 +1,109 @@
+"""Every recipe on samples at the edge: one word and 512, no region and many, pictures of all shapes, nothing hidden,
+one sample per rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.distributed.spawn import run_ranks
+from tests.shard_files import Members, write_tar
+from tests.test_recipes import NAMES, shrunk
+from vlscale.config import RunConfig
+from vlscale.data.scene_regions import FEATURES, NUM_ATTRIBUTES, NUM_CLASSES
+from vlscale.errors import VlscaleError
+
+WORDS = (1, 512, 3, 40)  # of a caption
+REGIONS = (0, 1, 40, 5)
+SHAPES = ((64, 64), (20, 90), (300, 24), (33, 47))  # height and width in pixels
+
+
+def odd_sample(number: int) -> Members:
+    rng = np.random.default_rng(number)
+    height, width = SHAPES[number % 4]
+    picture = cv2.imencode(".png", rng.integers(0, 256, (height, width, 3), dtype=np.uint8))[1].tobytes()
+    words = " ".join(rng.choice(["red", "dog", "sits", "above", "two", "stars"], WORDS[(number + 1) % 4]))
+    record: dict[str, Any] = {"caption": words, "tags": ["dog"] * (number % 3), "width": width, "height": height}
+    record["qa"] = [{"q": "what", "a": "dog"}] * (number % 2)
+    count = REGIONS[number % 4]
+    buffer = BytesIO()
+    np.savez(
+        buffer,
+        features=rng.random((count, FEATURES)).astype(np.float16),
+        boxes=np.sort(rng.random((count, 2, 2)), axis=1).reshape(count, 4) * [width, height, width, height],
+        classes=rng.integers(NUM_CLASSES, size=count),
+        class_confidence=rng.random(count),
+        class_probs=rng.dirichlet(np.ones(NUM_CLASSES), size=count).reshape(count, NUM_CLASSES),
+        attributes=rng.integers(NUM_ATTRIBUTES, size=count),
+        attribute_confidence=rng.random(count),
+    )
+    key = f"odd{number:02d}"
+    return [
+        (f"{key}.png", picture),
+        (f"{key}.json", json.dumps(record).encode()),
+        (f"{key}.regions.npz", buffer.getvalue()),
+    ]
+
+
+def odd_run(name: str, shard: str, hidden: bool, per_rank: int) -> RunConfig:
+    """The recipe in miniature on the odd samples; without `hidden` nothing is to restore in most micro-batches."""
+    run = shrunk(name)
+    views = {key: dict(options or {}) for key, options in run.views.items()}
+    for options in views.values():
+        for operation in ("mask_tokens", "mask_regions"):
+            if operation in options and not hidden:
+                options[operation] = {"prob": 1e-6, "at_least_one": False}
+    data = replace(run.data, train=(shard,), val=(shard,), batch=2 * per_rank)
+    text = replace(run.text, max_words=512)
+    evaluation = replace(run.evaluation, limit=4)
+    return replace(run, views=views, data=data, text=text, evaluation=evaluation)
+
+
+def train_odd(shard: str, hidden: bool, per_rank: int, out: str) -> dict[str, str]:
+    from vlscale import train
+    from vlscale.build import Request
+
+    failures: dict[str, str] = {}
+    for name in NAMES:
+        try:
+            request = Request(odd_run(name, shard, hidden, per_rank), "ds_configs/zero2.json", Path(out) / name)
+            code = train.train(request)
+        except VlscaleError as error:
+            failures[name] = str(error)
+        except Exception as error:  # all recipes are told at once
+            failures[name] = f"{type(error).__name__}: {error}"
+        else:
+            failures |= {name: f"exit code {code}"} if code else {}
+    return failures
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    series: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith(("loss", "grad_norm", "eval")):
+                series.setdefault(key, []).append(float("nan") if value is None else value)
+    return series
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "per_rank"), [(True, 4), (True, 1), (False, 1)])
+def test_odd_samples(hidden: bool, per_rank: int, tmp_path: Path) -> None:
+    members = [member for number in range(16) for member in odd_sample(number)]
+    shard = write_tar(tmp_path / "odd.tar", members)
+    made = run_ranks(train_odd, 2, str(shard), hidden, per_rank, str(tmp_path / "runs"), timeout=900)
+    assert made[0] == made[1]
+    for name, failure in made[0].items():  # who draws negatives from a rank's own samples needs two of them
+        assert per_rank == 1, f"{name}: {failure}"
+        assert "got one sample; set data.micro_batch to at least 2" in failure, f"{name}: {failure}"
+    for name in set(NAMES) - set(made[0]):
+        for key, values in losses(tmp_path / "runs" / name).items():
+            assert np.isfinite(values).all(), f"{name}: {key} is {values}"
