@@ -150,6 +150,10 @@ def test_the_options_in_a_recipe() -> None:
     options = {"count": {"share": 0.2, "most": 2}, "separator": True}
     made = parse({"text.masked": {"mask_tokens": options}}).text["masked"].mask_tokens
     assert made == MaskTokens(count=Count(0.2, 1, 2), separator=True)
+    uniter = parse({"text.masked": {"mask_tokens": {"fallback": "first", "random_from": "words"}}}).text["masked"]
+    assert uniter.mask_tokens == MaskTokens(fallback="first", random_from="words")
+    with pytest.raises(ConfigError, match=r"mask_tokens.words: should be pieces or whole \(got 'wholes'\)"):
+        parse({"text.masked": {"mask_tokens": {"words": "wholes"}}})
     with pytest.raises(ConfigError, match=r"mask_tokens.count.most: should be a whole number from 4 on \(got 3\)"):
         parse({"text.masked": {"mask_tokens": {"count": {"least": 4, "most": 3}}}})
     with pytest.raises(ConfigError, match=r"count.moost is not an option; did you mean 'most'"):

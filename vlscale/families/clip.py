@@ -346,7 +346,7 @@ SIGLIP = Renames(
         _row(IMAGE + r"embeddings\.position_embedding\.weight", "image_encoder.tokens.positions", _all_positions),
         *_hf_layers(IMAGE, "image_encoder.stack."),
         _row(IMAGE + r"post_layernorm\.(\w+)", r"image_encoder.norm.\1"),
-        _row(HEAD + "probe", "visual_pool.probe.value"),
+        _row(HEAD + "probe", "visual_pool.query_token.value"),
         Rename(HEAD + r"attention\.in_proj_(\w+)", POOL, _query_or_rest),
         _row(HEAD + r"attention\.out_proj\.(\w+)", r"visual_pool.output.\1"),
         _row(HEAD + r"layernorm\.(\w+)", r"visual_pool.norm.\1"),

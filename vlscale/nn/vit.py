@@ -103,8 +103,8 @@ class Positions(nn.Module):
         return patches + self.positions
 
 
-class Probe(nn.Module):
-    """A learned query [1, 1, D]."""
+class QueryToken(nn.Module):
+    """A learned query [1, 1, D]; the authors say probe."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class AttentionPool(nn.Module):
     def __init__(self, width: int, heads: int, inner: int, eps: float, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.heads = heads
-        self.probe = Probe(width)
+        self.query_token = QueryToken(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -133,7 +133,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, R, D] -> [B, D]."""
-        query = self.query(self.probe(len(hidden)))
+        query = self.query(self.query_token(len(hidden)))
         key, value = self.key_value(hidden).chunk(2, dim=2)
         pooled = self.output(attend(query, key, value, self.heads, None, 0.0))
         out: Tensor = pooled + self.mlp(self.norm(pooled))
