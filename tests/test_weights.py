@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.models import albef_model
-from vlscale import weights
-from vlscale.errors import CheckpointError
+from tests.runs import TINY
+from vlscale import build, config, weights
+from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import albef
 from vlscale.model import PretrainModel
 
@@ -204,3 +205,79 @@ def test_image_tower_starts_from_transformers_and_timm_alike(tmp_path: Path) -> 
     weights.fill(model, timm, albef.INIT_VISION._replace(fills="none"))
     qkv = model.state_dict()["family.image_encoder.stack.blocks.1.attention.qkv.weight"]
     assert torch.equal(qkv, timm["blocks.1.attn.qkv.weight"])
+
+
+def in_our_names(model: PretrainModel, path: Path, without: str = "nothing at all") -> Path:
+    """A file of the model's tensors."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    save_file({name: value.detach().clone() for name, value in named if not name.startswith(without)}, path)
+    return path
+
+
+def test_a_run_starts_from_whole_weights(tmp_path: Path) -> None:
+    first, second = albef_model(seed=0), albef_model(seed=1)
+    with torch.no_grad():
+        for _, twin in first.momentum_pairs():
+            twin.add_(1.0)  # what the twin of the earlier run was does not count
+        first.key_queues()["text"].keys.zero_()
+    empty = second.key_queues()["text"].keys.clone()
+    done = weights.init_whole(second, in_our_names(first, tmp_path / "whole.safetensors"))
+    here, there = second.state_dict(), first.state_dict()
+    for name in there:
+        if name.startswith(("family.", "objectives.")) and "twin" not in name:
+            assert torch.equal(here[name], there[name]), name
+        if name.startswith("twin."):
+            assert torch.equal(here[name], there[name.replace("twin.", "family.", 1)]), name
+    assert torch.equal(here["objectives.mlm.head_twin.bias"], there["objectives.mlm.head.bias"])
+    assert torch.equal(second.key_queues()["text"].keys, empty)
+    assert weights.owners(done.left) == "queues.image, queues.text"
+    assert weights.owners(done.unused) == "queues.image, queues.text, twin"
+
+
+def test_heads_that_the_file_or_the_run_lacks(tmp_path: Path) -> None:
+    model = albef_model(queue=0, soften=0.0)
+    start = model.state_dict()["objectives.itm.head.weight"].clone()
+    file = in_our_names(albef_model(seed=1), tmp_path / "whole.safetensors", without="objectives.itm")
+    done = weights.init_whole(model, file)
+    assert weights.owners(done.left) == "objectives.itm"
+    assert "objectives.mlm.head_twin.bias" in done.unused
+    assert torch.equal(model.state_dict()["objectives.itm.head.weight"], start)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        (1, r"whole.safetensors lacks 'family.image_encoder.stack.blocks.1.\S+' \(12 tensors differ\)"),
+        (3, r"no place for \S+whole.safetensors's 'family.image_encoder.stack.blocks.2."),
+    ],
+)
+def test_whole_weights_of_another_network(layers: int, sentence: str, tmp_path: Path) -> None:
+    other = PretrainModel(albef.build(replace(albef.tiny(), visual_layers=layers)), {})
+    with pytest.raises(CheckpointError, match=sentence):
+        weights.init_whole(albef_model(), in_our_names(other, tmp_path / "whole.safetensors"))
+
+
+def test_whole_weights_of_another_size(tmp_path: Path) -> None:
+    other = PretrainModel(albef.build(replace(albef.tiny(), vocab=65)), {})
+    with pytest.raises(CheckpointError, match=r"word.weight' is \(65, 16\) in .*, but \(64, 16\) in this run"):
+        weights.init_whole(albef_model(), in_our_names(other, tmp_path / "whole.safetensors"))
+
+
+def test_a_recipe_with_whole_weights(tmp_path: Path) -> None:
+    shrunk = [*TINY, "family.vocab=64"]
+    first = build.build_model(config.load("quickstart", shrunk))
+    file = in_our_names(first, tmp_path / "whole.safetensors", without="objectives.itm")
+    said: list[str] = []
+    second = build.build_model(config.load("quickstart", [*shrunk, "seed=7", f"init.weights={file}"]), said.append)
+    for name, value in first.family.state_dict().items():
+        assert torch.equal(second.family.state_dict()[name], value)
+    assert "left at their start: objectives.itm, queues.image, queues.text; not used: queues.image" in said[0]
+    with pytest.raises(ConfigError, match=r"leave out init\.text"):
+        config.load("quickstart", [f"init.weights={file}", "init.text=bert"])
+
+
+def test_parallel_prefixes_are_left_out(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(1), "module.b": torch.ones(2)}, tmp_path / "ddp.pt")
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(2)}, tmp_path / "own.pt")
+    assert set(weights.read(tmp_path / "ddp.pt")) == {"a", "b"}
+    assert set(weights.read(tmp_path / "own.pt")) == {"module.a", "b"}

@@ -34,7 +34,7 @@ from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Inputs
-from vlscale.weights import init_towers
+from vlscale.weights import init_towers, init_whole, owners
 
 TOKENIZER = "tokenizer.json"
 ANSWERS = "answers.txt"
@@ -147,8 +147,8 @@ def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
     return out[0], out[1]
 
 
-def build_model(run: RunConfig) -> PretrainModel:
-    """Family + objectives + twin, the same on every rank."""
+def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: None) -> PretrainModel:
+    """Family + objectives + twin, the same on every rank; `say` hears what it starts from."""
     torch.manual_seed(run.seed)
     family = config.pick("families", run.family_name).build(run.family)
     objectives = {name: _objective(name, options, family) for name, options in run.objectives.items()}
@@ -157,6 +157,12 @@ def build_model(run: RunConfig) -> PretrainModel:
     model.copies_buffers = run.momentum.buffers == "copied"
     if run.init.text or run.init.vision:
         init_towers(model, run.init.text, run.init.vision)
+    if run.init.weights:
+        done = init_whole(model, run.init.weights)
+        say(
+            f"{len(done.filled)} tensors start from {run.init.weights}; left at their start: {owners(done.left)}; "
+            f"not used: {owners(done.unused)}"
+        )
     missing = model.views() - set(run.views)
     if missing:
         raise ConfigError(

@@ -106,10 +106,11 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Local folders (or files) with published weights that the towers start from."""
+    """Local folders (or files) with weights to start from."""
 
-    text: str | None = None
+    text: str | None = None  # published weights of a tower, as the next
     vision: str | None = None
+    weights: str | None = None  # of the whole model in our names: a converted folder, a checkpoint, a merged file
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def from_tree(recipe: str, tree: Mapping[str, Any]) -> RunConfig:
     for key in ("family", "objectives", "steps"):
         if key not in tree:
             raise ConfigError(f"recipe '{recipe}' has no '{key}'; every recipe states it")
-    family_name, family = _family(tree["family"])
+    family_name, family = family_of(tree["family"])
     values: dict[str, Any] = {key: _value(key, kind, tree[key]) for key, kind in PLAIN.items() if key in tree}
     values |= {key: build(kind, tree[key], key) for key, kind in SECTIONS.items() if key in tree}
     run = RunConfig(
@@ -202,10 +203,10 @@ def from_tree(recipe: str, tree: Mapping[str, Any]) -> RunConfig:
 
 def dump(run: RunConfig) -> dict[str, Any]:
     """The plain tree that `from_tree` reads back to an equal run."""
-    tree: dict[str, Any] = {"recipe": run.recipe, "family": {"name": run.family_name, **_plain(run.family)}}
-    tree["objectives"] = {name: _plain(config) for name, config in run.objectives.items()}
+    tree: dict[str, Any] = {"recipe": run.recipe, "family": {"name": run.family_name, **plain(run.family)}}
+    tree["objectives"] = {name: plain(config) for name, config in run.objectives.items()}
     for key in ("views", "tasks", *SECTIONS, *PLAIN):
-        tree[key] = _plain(getattr(run, key))
+        tree[key] = plain(getattr(run, key))
     return tree
 
 
@@ -343,7 +344,8 @@ def _mapping(tree: Any, where: str) -> dict[str, Any]:
     return dict(tree)
 
 
-def _family(tree: Any) -> tuple[str, Any]:
+def family_of(tree: Any) -> tuple[str, Any]:
+    """(name, its `Config`) from the `family` part of a recipe."""
     tree = _mapping(tree, "family")
     if "name" not in tree:
         raise ConfigError("family.name is missing; write e.g. family.name=albef")
@@ -367,6 +369,8 @@ def _check(run: RunConfig) -> None:
         _at_least(1, run, key)
     for key in AT_LEAST_0:
         _at_least(0, run, key)
+    if run.init.weights and (run.init.text or run.init.vision):
+        raise ConfigError("init.weights fills the whole model; leave out init.text and init.vision")
     for key in ("coefficient", "drop_layers"):
         share = getattr(run.momentum, key)
         if not 0 <= share <= 1:
@@ -389,11 +393,12 @@ def _at_least(least: int, run: RunConfig, key: str) -> None:
         raise ConfigError(f"{key} should be at least {least} (got {value})")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as what YAML can hold."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return value

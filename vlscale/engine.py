@@ -367,6 +367,13 @@ class LocalEngine(_Engine):
         self._optimizer.load_state_dict(state["optimizer"])
 
 
+def saved(folder: Path, kind: str) -> list[Any]:
+    """What DeepSpeed wrote into a checkpoint, one entry per rank; `kind` is `optim_states` or `model_states`."""
+    _import_deepspeed()  # its own classes are among it
+    files = {int(file.name.split("rank_")[1].split("_")[0]): file for file in folder.glob(f"deepspeed/*_{kind}.pt")}
+    return [torch.load(files[rank], map_location="cpu", weights_only=False, mmap=True) for rank in sorted(files)]
+
+
 def _queues_file(folder: Path) -> Path:
     return folder / f"queues_{distributed.rank():05d}.pt"
 

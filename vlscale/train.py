@@ -29,7 +29,8 @@ def train(request: Request) -> int:
     if build.finished(request):
         return DONE
     setting = build.setup(request)
-    model = build.build_model(run)
+    notes: list[str] = []
+    model = build.build_model(run, notes.append)
     loader = build.build_loader(run, setting, model)
     machine = build.build_engine(run, setting, model)
     start = setting.begin.step if setting.begin else 0
@@ -46,6 +47,8 @@ def train(request: Request) -> int:
     for warning in setting.warnings:
         monitor.warn(warning)
     monitor.say(build.describe(run, setting, model, start))
+    for note in notes if not start else ():
+        monitor.say(note)
     vote = distributed.StopVote(setting.device)
     plans = distributed.StepPlans()
     record = Record(run, setting, model, loader, monitor)

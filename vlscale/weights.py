@@ -1,4 +1,4 @@
-"""Published weights in: reading files without running code from them, and renaming tensors strictly."""
+"""Weights in and out: reading files without running code from them, and renaming tensors strictly, both ways."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vlscale.model import PretrainModel
 
 NAMES = (  # what a weights folder holds, best first
     "model.safetensors",
+    "weights.safetensors",  # of our checkpoints
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -36,6 +37,7 @@ UNREADABLE = (  # what the readers raise on cut, foreign or code-carrying files
     LookupError,
     struct.error,
 )
+PARALLEL = "module."  # what DistributedDataParallel puts before every name
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -55,7 +57,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a .safetensors, .bin, .pt, .pth or .ckpt file (a checkpoint's `model` or `state_dict` part is
-            taken), or a folder with such a file or a Hugging Face index.
+            taken, and DDP's `module.` before every name is left out), or a folder with such a file or a
+            Hugging Face index.
 
     Raises:
         CheckpointError: it is missing, unreadable, not a dict of tensors, or would need code to run.
@@ -67,14 +70,25 @@ def read(path: str | Path) -> dict[str, Tensor]:
     try:
         found = _content(file)
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{file} cannot be read as plain tensors ({reason}); save it as safetensors, or get it whole"
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as plain tensors ({_reason(error)})") from error
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors under its top level, 'model' or 'state_dict'")
-    return tensors
+    parallel = all(name.startswith(PARALLEL) for name in tensors)
+    return {name.removeprefix(PARALLEL): value for name, value in tensors.items()} if parallel else tensors
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be read, and what to do."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in message:
+        wanted = re.search(r"GLOBAL ([\w.]+)", message)
+        what = f" of {wanted.group(1)}" if wanted else ""
+        return (
+            f"it needs code{what} to run, and code from a file is never run here; where you trust it, load it "
+            f"yourself and save its state_dict with safetensors"
+        )
+    return f"{message.splitlines()[0]}; save it as safetensors, or get it whole"
 
 
 def _in_folder(folder: Path) -> Path:
@@ -85,7 +99,7 @@ def _in_folder(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     raise CheckpointError(
-        f"{folder} holds {len(files)} weights files, none called {NAMES[0]} or {NAMES[2]}; name the file"
+        f"{folder} holds {len(files)} weights files, none called {NAMES[0]} or {NAMES[3]}; name the file"
     )
 
 
@@ -115,6 +129,79 @@ def find(name: str, renames: Renames) -> tuple[Rename, tuple[str, ...]]:
     raise CheckpointError(
         f"tensor '{name}' is unknown to this family's table of names; these are the weights of another system"
     )
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` made."""
+
+    tensors: dict[str, Tensor]  # by published name
+    sources: dict[str, str]  # {published name: ours}
+    nameless: tuple[str, ...]  # ours that the table has no name for, or whose name another one has
+
+
+@torch.no_grad()
+def publish(tensors: Mapping[str, Tensor], renames: Renames) -> Published:
+    """Our tensors under the published names: `fill` backwards, to the bit where that only moved numbers.
+
+    Of several of ours that came from one published tensor (a twin, a second head) the first is written.
+    """
+    found, sources, nameless = {}, {}, []
+    rows = [(row, _reversed(row.source, target)) for row in renames.rows for target in row.targets]
+    for ours, tensor in tensors.items():
+        names = _published_names(ours, rows, renames)
+        fresh = {name: row for name, row in names.items() if name not in found}
+        if not fresh:
+            nameless.append(ours)
+        for name, row in fresh.items():
+            index, number = row.part
+            part = tensor.chunk(number)[index]
+            found[name] = (part if row.back is None else row.back(part)).contiguous()
+            sources[name] = ours
+    return Published(found, sources, tuple(nameless))
+
+
+def _published_names(ours: str, rows: Iterable[tuple[Rename, re.Pattern[str]]], renames: Renames) -> dict[str, Rename]:
+    """{published name: its row} of one of our tensors: one, or as many as it has parts."""
+    found: dict[tuple[int, int], tuple[str, Rename]] = {}
+    for row, pattern in rows:
+        match = pattern.fullmatch(ours)
+        if match is None or row.part in found or any(part[1] != row.part[1] for part in found):
+            continue
+        name = _spelled(row.source, match)
+        if find(name, renames)[0] is row:  # else an earlier row would take it elsewhere
+            found[row.part] = (name, row)
+    return dict(found.values())
+
+
+# A table's regular expressions are made of these: a group, a choice (perhaps optional), and characters.
+TOKEN = re.compile(r"\((?!\?)(?P<group>[^()]*)\)|\(\?:(?P<choice>[^()]*)\)(?P<maybe>\??)|\\?(?P<letter>[^()])")
+
+
+def _reversed(source: str, target: str) -> re.Pattern[str]:
+    """What matches our names of a row's target, with the groups (g1, g2, ...) of its source."""
+    groups = [token["group"] for token in TOKEN.finditer(source) if token["group"] is not None]
+    out = ""
+    for place, part in enumerate(re.split(r"\\(\d)", target)):
+        seen = f"(?P<g{part}>" in out
+        out += (
+            re.escape(part) if place % 2 == 0 else f"(?P=g{part})" if seen else f"(?P<g{part}>{groups[int(part) - 1]})"
+        )
+    return re.compile(out)
+
+
+def _spelled(source: str, match: re.Match[str]) -> str:
+    """The published name: groups from our name, the first of a choice, nothing of what is optional."""
+    out, number = "", 0
+    for token in TOKEN.finditer(source):
+        if token["group"] is not None:
+            number += 1
+            out += match[f"g{number}"]
+        elif token["choice"] is not None:
+            out += "" if token["maybe"] else token["choice"].split("|")[0].replace("\\", "")
+        else:
+            out += token["letter"]
+    return out
 
 
 @torch.no_grad()
@@ -192,7 +279,61 @@ def init_towers(model: PretrainModel, text: str | Path | None, vision: str | Pat
             system = type(model.family).__name__
             raise ConfigError(f"init.{tower} is set, but family '{system}' has no such start; leave it out")
         done[tower] = fill(model, read(path), renames)
-    with torch.no_grad():
-        for online, twin in model.momentum_pairs() if done else []:
-            twin.copy_(online)
+    if done:
+        _start_twins(model)
     return done
+
+
+@torch.no_grad()
+def init_whole(model: PretrainModel, path: str | Path) -> Loaded:
+    """Start from whole-model weights in our own names (key `init.weights`); twins start as copies.
+
+    The family must be filled exactly. Heads are taken where the run's objectives have them; queues start anew, for
+    their keys are those of an earlier twin.
+
+    Args:
+        model: on the CPU, before DeepSpeed has it.
+        path: a folder of `launchers/convert.py`, a checkpoint, or a file of `--merge`.
+
+    Raises:
+        CheckpointError: as `read`; a tensor of the family is missing, unknown or of another shape.
+    """
+    tensors = read(path)
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places = {name: place for name, place in places.items() if not name.startswith(("twin.", "queues."))}
+    network = {name for name in places if name.startswith("family.")}
+    odd = sorted(network.symmetric_difference(name for name in tensors if name.startswith("family.")))
+    if odd:
+        where = f"{path} lacks" if odd[0] in network else f"the run's family has no place for {path}'s"
+        raise CheckpointError(
+            f"{where} '{odd[0]}' ({len(odd)} tensors differ); give init.weights of this family and size, in our names"
+        )
+    for name in places.keys() & tensors.keys():
+        if places[name].shape != tensors[name].shape:
+            raise CheckpointError(
+                f"'{name}' is {tuple(tensors[name].shape)} in {path}, but {tuple(places[name].shape)} in this run; "
+                f"set the recipe's family (or objective) to the file's sizes"
+            )
+        places[name].copy_(tensors[name])
+    _start_twins(model)
+    filled = [name for name in places if name in tensors]
+    left = [name for name in places if name not in tensors]
+    queues = [name for name, _ in model.named_buffers() if name.startswith("queues.")]
+    return Loaded(tuple(filled), tuple(name for name in tensors if name not in places), (*left, *queues))
+
+
+def owners(names: Iterable[str]) -> str:
+    """Tensor names in short: `objectives.itm, queues.text, twin`, or `nothing`."""
+    parts = (name.split(".") for name in names)
+    short = {".".join(part[:2]) if part[0] in ("objectives", "queues") else part[0] for part in parts}
+    return ", ".join(sorted(short)) or "nothing"
+
+
+@torch.no_grad()
+def _start_twins(model: PretrainModel) -> None:
+    """Make every twin a copy of what it follows."""
+    for online, twin in model.momentum_pairs():
+        twin.copy_(online)
+    if model.twin is not None:
+        for buffer, own in zip(model.family.buffers(), model.twin.buffers(), strict=True):
+            own.copy_(buffer)

@@ -4,13 +4,14 @@ its upper half with cross-attention for fusion. The authors' code: salesforce/AL
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import BertEmbeddings, bert_layers
 from vlscale.nn.temperature import Temperature
@@ -184,6 +185,14 @@ def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.flatten()
 
 
+def _as_row(tensor: Tensor) -> Tensor:
+    return tensor[None]
+
+
+def _to_scalar(tensor: Tensor) -> Tensor:
+    return tensor.reshape(())
+
+
 def _first_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor[: shape[0]]
 
@@ -283,7 +292,7 @@ def _hugging_face_vit(ours: str) -> list[Rename]:
 
 
 def _queue(name: str) -> Rename:
-    return Rename(f"{name}_queue", (f"queues.{name}.keys",), change=_turn, optional=True)
+    return Rename(f"{name}_queue", (f"queues.{name}.keys",), change=_turn, optional=True, back=torch.t)
 
 
 # The authors' checkpoints: the online network, its twin (`_m`), and the objectives' heads and queues.
@@ -291,8 +300,8 @@ PUBLISHED = Renames(
     (
         *_vit(r"visual_encoder\.", "family.image_encoder.", False),
         *_vit(r"visual_encoder_m\.", "twin.image_encoder.", True),
-        *_bert(r"text_encoder\.(?:bert\.)?", "family.", True, False),  # fine-tuned for retrieval: without `bert.`
-        *_bert(r"text_encoder_m\.(?:bert\.)?", "twin.", True, True),
+        *_bert(r"text_encoder\.(?:bert\.|)", "family.", True, False),  # fine-tuned for retrieval: without `bert.`
+        *_bert(r"text_encoder_m\.(?:bert\.|)", "twin.", True, True),
         *_word_head(r"text_encoder\.cls\.predictions\.", "objectives.mlm.head."),
         *_word_head(r"text_encoder_m\.cls\.predictions\.", "objectives.mlm.head_twin."),
         Rename(r"vision_proj\.(\w+)", (r"family.visual_proj.\1",)),
@@ -300,12 +309,25 @@ PUBLISHED = Renames(
         Rename(r"text_proj\.(\w+)", (r"family.text_proj.\1",)),
         Rename(r"text_proj_m\.(\w+)", (r"twin.text_proj.\1",), optional=True),
         Rename(r"itm_head\.(\w+)", (r"objectives.itm.head.\1",), optional=True),
-        Rename("temp", ("family.temperature.value", "twin.temperature.value"), change=_to_one),
+        Rename("temp", ("family.temperature.value", "twin.temperature.value"), _to_one, back=_to_scalar),
         _queue("image"),
         _queue("text"),
         Rename("queue_ptr", ("queues.image.pointer", "queues.text.pointer"), optional=True),
-        Rename("idx_queue", ("queues.image.ids", "queues.text.ids"), _flat, optional=True),  # retrieval
+        Rename("idx_queue", ("queues.image.ids", "queues.text.ids"), _flat, optional=True, back=_as_row),  # retrieval
     )
+)
+
+CROSSING = r"text_encoder\.(?:bert\.|)encoder\.layer\.(\d+)\.crossattention\..*"
+SIZES = (
+    Size("patch", r"visual_encoder\.patch_embed\.proj\.weight", 2),
+    Size("image_size", r"visual_encoder\.pos_embed", 1, lambda rows, known: isqrt(rows - 1) * int(known["patch"])),
+    Size("visual_width", r"visual_encoder\.cls_token", 2),
+    Size("visual_layers", r"visual_encoder\.blocks\.(\d+)\..*"),
+    Size("visual_intermediate", r"visual_encoder\.blocks\.0\.mlp\.fc1\.weight", 0),
+    *bert_sizes(r"text_encoder\.(?:bert\.|)", layers="text_layers"),
+    Size("text_layers", CROSSING, None, lambda crossing, known: int(known["text_layers"]) - crossing),
+    Size("fusion_layers", CROSSING),
+    Size("embed", r"text_proj\.weight", 0),
 )
 
 # bert-base-uncased: first layers -> text layers, the others -> fusion layers; cross-attention is new.

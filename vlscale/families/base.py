@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,18 @@ from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 
 class Rename(NamedTuple):
-    """Where a published tensor goes. `vlscale.weights` applies it."""
+    """Where a published tensor goes. `vlscale.weights` applies it, both ways.
+
+    The way back spells `source` out: of `(?:a|b)` it writes the first, `(?:a)?` it leaves out, and groups get what
+    stands in our name.
+    """
 
     source: str  # regular expression for the whole published name
     targets: tuple[str, ...] = ()  # ours (`\1` = group 1), where present; () = knowingly unused
     change: Callable[[Tensor, torch.Size], Tensor] | None = None  # (tensor, our shape) -> tensor of our shape
     part: tuple[int, int] = (0, 1)  # (i, n): fills the i-th of n equal parts of our first axis
     optional: bool = False  # the model may lack every target (a twin, an objective's head)
+    back: Callable[[Tensor], Tensor] | None = None  # undoes `change`, of a whole tensor; None = nothing to undo
 
 
 class Renames(NamedTuple):
@@ -29,6 +34,28 @@ class Renames(NamedTuple):
     fills: str = ".*"  # regular expression: parameters of ours that the published file must fill
 
 
+class Size(NamedTuple):
+    """A number of a family's `Config` that the shapes of published tensors tell."""
+
+    key: str  # of `Config`
+    source: str  # regular expression for whole published names
+    axis: int | None = None  # the length of that axis; None = how many different values group 1 has
+    change: Callable[[int, Mapping[str, Any]], int] | None = None  # (that number, `Config` as known so far) -> value
+
+
+def bert_sizes(prefix: str, layers: str = "layers") -> tuple[Size, ...]:
+    """What a BERT tells whose names begin with `prefix` (a regular expression); `layers` = our key for its depth."""
+    table = prefix + r"embeddings\.{}_embeddings\.weight"
+    return (
+        Size("vocab", table.format("word"), 0),
+        Size("hidden", table.format("word"), 1),
+        Size("max_positions", table.format("position"), 0),
+        Size("segments", table.format("token_type"), 0),
+        Size("intermediate", prefix + r"encoder\.layer\.0\.intermediate\.dense\.weight", 0),
+        Size(layers, prefix + r"encoder\.layer\.(\d+)\..*"),
+    )
+
+
 class Family(nn.Module):
     """A published system's network, entered by method (never by call), so that objectives share its passes.
 
@@ -36,7 +63,8 @@ class Family(nn.Module):
     module when that module is called. No parameter is zero-dimensional.
 
     A family's file also holds `Config` (frozen dataclass), `build(config) -> Family`, `tiny() -> Config`
-    (its miniature) and `PUBLISHED` (renames from the authors' checkpoint names to `PretrainModel`'s).
+    (its miniature), `PUBLISHED` (renames from the authors' checkpoint names to `PretrainModel`'s) and `SIZES` (what
+    the shapes in those checkpoints tell).
     """
 
     # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes,

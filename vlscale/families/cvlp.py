@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.lxmert import (
     BERT_NAMES,
     POSITIONS,
@@ -98,6 +98,15 @@ PUBLISHED = Renames(
         Rename(r"query\.cls\.seq_relationship\.(\w+)", (r"objectives.itm.head.\1",), optional=True),
     ),
     fills=r"(?:family|twin)\..*",
+)
+
+NETWORK = r"query\.bert\."
+SIZES = (
+    *bert_sizes(NETWORK, layers="text_layers"),
+    Size("visual_layers", NETWORK + r"encoder\.r_layers\.(\d+)\..*"),
+    Size("cross_layers", NETWORK + r"encoder\.x_layers\.(\d+)\..*"),
+    Size("feats", NETWORK + r"encoder\.visn_fc\.visn_fc\.weight", 1),
+    Size("boxes", NETWORK + r"encoder\.visn_fc\.box_fc\.weight", 1),
 )
 
 Cvlp.published = PUBLISHED

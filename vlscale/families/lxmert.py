@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.lxmert import (
     BERT_NAMES,
     POSITIONS,
@@ -119,6 +119,16 @@ PUBLISHED = Renames(
         *_pretexts(MODULE),
     ),
     fills=r"family\..*",
+)
+
+REGIONS = NETWORK + r"encoder\.visn_fc\."
+SIZES = (
+    *bert_sizes(NETWORK, layers="text_layers"),
+    Size("visual_layers", NETWORK + r"encoder\.r_layers\.(\d+)\..*"),
+    Size("cross_layers", NETWORK + r"encoder\.x_layers\.(\d+)\..*"),
+    Size("feats", REGIONS + r"visn_fc\.weight", 1),
+    Size("boxes", REGIONS + r"box_fc\.weight", 1),
+    Size("classes", MODULE + r"obj_predict_head\.decoder_dict\.obj\.weight", 0),
 )
 
 # bert-base-uncased; it has more layers than the language stack, and its next-sentence head told something else.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -220,6 +220,11 @@ PUBLISHED = Renames(
 INIT_TEXT = Renames(
     (*_bert(r"(?:bert\.)?"), *_word_head(), Rename(r"cls\.seq_relationship\.\w+")),
     fills=r"family\.(?:text_embeddings|stack|pooler)\..*",
+)
+
+SIZES = (
+    *bert_sizes(r"bert\."),
+    Size("feats", r"bert\.img_embedding\.weight", 1, lambda width, known: width - int(known["boxes"])),
 )
 
 Oscar.published, Oscar.init_text = PUBLISHED, INIT_TEXT

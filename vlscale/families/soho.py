@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import INIT_STD, BertEmbeddings, bert_layers
 from vlscale.nn.cnn import BLOCKS, STRIDE, BatchNorm, Convolution, ResNet
@@ -336,5 +336,13 @@ INIT_TEXT = Renames(
 
 # A ResNet trained on ImageNet, in torchvision's names.
 INIT_VISION = Renames((*_trunk(""), Rename(r"fc\.\w+")), fills=r"family\.trunk\..*")
+
+SIZES = (
+    *bert_sizes(r"language\.bert\."),
+    Size("stem", r"backbone\.conv1\.weight", 0),
+    Size("base", r"backbone\.layer1\.0\.conv1\.weight", 0),
+    Size("depth", r"backbone\.(layer\d\.\d+\.conv\d)\.weight", None, lambda layers, known: layers + 2),
+    Size("codes", r"neck\.vq\.embed", 0),
+)
 
 Soho.published, Soho.init_text, Soho.init_vision = PUBLISHED, INIT_TEXT, INIT_VISION

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -184,6 +184,10 @@ def _last_row(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor[1:]
 
 
+def _after_zeros(tensor: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(tensor), tensor])
+
+
 def _norm(source: str, target: str, optional: bool = False) -> list[Rename]:
     """A LayerNorm, whose parts BERT called gamma and beta before 2019."""
     return [
@@ -237,15 +241,20 @@ def _region_head(source: str, *objectives: str) -> list[Rename]:
 PUBLISHED = Renames(
     (
         *_bert(r"uniter\."),
-        Rename(r"uniter\.img_embeddings\.mask_embedding\.weight", ("family.region_embeddings.mask.weight",), _last_row),
+        Rename(
+            r"uniter\.img_embeddings\.mask_embedding\.weight",
+            ("family.region_embeddings.mask.weight",),
+            _last_row,
+            back=_after_zeros,
+        ),
         Rename(r"uniter\.img_embeddings\.img_linear\.(\w+)", (r"family.region_embeddings.projection.\1",)),
         *_norm(r"uniter\.img_embeddings\.img_layer_norm", "family.region_embeddings.projection_norm"),
         Rename(r"uniter\.img_embeddings\.pos_linear\.(\w+)", (r"family.region_embeddings.place.\1",)),
         *_norm(r"uniter\.img_embeddings\.pos_layer_norm", "family.region_embeddings.place_norm"),
         *_norm(r"uniter\.img_embeddings\.LayerNorm", "family.region_embeddings.norm"),
         *_word_head(),
-        *_region_head("feat_regress", "mrfr"),
-        Rename(r"feat_regress\.weight", ("objectives.mrfr.head.decoder.weight",), _turn, optional=True),
+        *_region_head("feat_regress", "mrfr")[:2],  # its last matrix stands by itself
+        Rename(r"feat_regress\.weight", ("objectives.mrfr.head.decoder.weight",), _turn, optional=True, back=torch.t),
         Rename(
             r"feat_regress\.bias", ("objectives.mrfr.head.bias", "objectives.mrfr.head.decoder.bias"), optional=True
         ),
@@ -263,6 +272,12 @@ INIT_TEXT = Renames(
         Rename(r"cls\.seq_relationship\.\w+"),
     ),
     fills=r"family\.(?:text_embeddings|stack|pooler)\..*",
+)
+
+SIZES = (
+    *bert_sizes(r"uniter\."),
+    Size("feats", r"uniter\.img_embeddings\.img_linear\.weight", 1),
+    Size("classes", r"region_classifier\.net\.3\.bias", 0),
 )
 
 Uniter.published, Uniter.init_text = PUBLISHED, INIT_TEXT

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.coattention import CoattentionBlock, Sections
@@ -228,11 +228,8 @@ def _layer_flops(tokens: int, width: int, inner: int) -> int:
 
 
 def _check(config: Config) -> None:
-    for whole, part in (
-        ("hidden", "heads"),
-        ("visual_width", "visual_heads"),
-        ("coattention_width", "coattention_heads"),
-    ):
+    for name in ("", "visual_", "coattention_"):
+        whole, part = f"{name}width" if name else "hidden", f"{name}heads"
         if getattr(config, whole) % getattr(config, part):
             raise ConfigError(
                 f"family.{whole} {getattr(config, whole)} is not a multiple of "
@@ -284,10 +281,6 @@ def tiny() -> Config:
     )
 
 
-def _first_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
-    return tensor[: shape[0]]
-
-
 def _swap(tensor: Tensor, shape: torch.Size) -> Tensor:
     """The authors' first row says that a pair matches, our second."""
     return tensor.flip(0)
@@ -306,7 +299,7 @@ def _bert(source: str) -> list[Rename]:
     words, ours = rf"{source}embeddings\.", "family.text_embeddings."
     return [
         Rename(words + r"word_embeddings\.weight", (f"{ours}word.weight",)),
-        Rename(words + r"position_embeddings\.weight", (f"{ours}position.weight",), _first_rows),
+        Rename(words + r"position_embeddings\.weight", (f"{ours}position.weight",), lambda rows, size: rows[: size[0]]),
         Rename(words + r"token_type_embeddings\.weight", (f"{ours}segment.weight",)),
         Rename(words + r"position_ids"),  # 0, 1, 2, ...
         *_norm(words + "LayerNorm", ours + "norm.{part}"),
@@ -383,7 +376,9 @@ PUBLISHED = Renames(
             tuple(rf"objectives.{name}.head.\1" for name in REGIONS),
             optional=True,
         ),
-        Rename(r"cls\.bi_seq_relationship\.(\w+)", (r"objectives.itm.head.\1",), _swap, optional=True),
+        Rename(
+            r"cls\.bi_seq_relationship\.(\w+)", (r"objectives.itm.head.\1",), _swap, optional=True, back=torch.flipud
+        ),
     )
 )
 
@@ -391,6 +386,15 @@ PUBLISHED = Renames(
 INIT_TEXT = Renames(
     (*_bert(r"(?:bert\.)?"), *WORD_HEAD, Rename(r"(?:bert\.)?pooler\.dense\.\w+|cls\.seq_relationship\.\w+")),
     fills=r"family\.text_(?:embeddings|stack|fusion_stack)\..*",
+)
+
+SIZES = (
+    *bert_sizes(r"bert\.", layers="text_layers"),
+    Size("visual_layers", r"bert\.encoder\.v_layer\.(\d+)\..*"),
+    Size("visual_width", r"bert\.v_embeddings\.image_embeddings\.weight", 0),
+    Size("feats", r"bert\.v_embeddings\.image_embeddings\.weight", 1),
+    Size("visual_intermediate", r"bert\.encoder\.v_layer\.0\.intermediate\.dense\.weight", 0),
+    Size("coattention_width", r"bert\.t_pooler\.dense\.weight", 0),
 )
 
 Vilbert.published, Vilbert.init_text = PUBLISHED, INIT_TEXT

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -327,6 +327,13 @@ PUBLISHED = Renames(
 INIT_TEXT = Renames(
     (*_bert(r"(?:bert\.)?"), *_word_head(), Rename(r"cls\.seq_relationship\.\w+")),
     fills=r"family\.(?:words|joined|stack|pooler)\..*",
+)
+
+SIZES = (
+    *bert_sizes(r"bert\."),
+    Size("feats", r"vis_embed\.0\.weight", 1),
+    Size("inner", r"vis_embed\.0\.weight", 0),
+    Size("classes", r"vis_pe_embed\.0\.weight", 1, lambda width, known: width - int(known["boxes"])),
 )
 
 Vlp.published, Vlp.init_text = PUBLISHED, INIT_TEXT
