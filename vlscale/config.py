@@ -50,10 +50,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.cased and (self.clean_up or self.vocab is None):
-            raise ConfigError(
-                "text.cased reads capital letters, and neither the clean-up nor a vocabulary built from captions keeps "
-                "them; write text.clean_up=false and text.vocab=FOLDER"
-            )
+            told = "text.cased reads capital letters, which the clean-up and built vocabularies lack"
+            raise ConfigError(f"{told}; write text.clean_up=false and text.vocab=FOLDER")
 
     @property
     def kept_words(self) -> int:
