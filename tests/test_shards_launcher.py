@@ -109,7 +109,7 @@ def test_mistakes_in_words(argv: list[str], says: str) -> None:
 
 def test_the_program_itself(tmp_path: Path) -> None:
     for argv, code, says in (
-        (["verify", "nothing.tar"], 3, "shards.py: no shard matches 'nothing.tar'"),
+        (["index", "nothing.tar"], 3, "shards.py: no shard matches 'nothing.tar'"),
         (["make", "--from", "npz", "--source", str(tmp_path), "--to", "b"], 3, "holds no npz file"),
     ):
         done = launch("shards", *argv)

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -25,7 +26,8 @@ from vlscale.data.detections import Detections, write_regions
 from vlscale.data.shards import Shards, load_index
 from vlscale.errors import ConfigError, DataError
 
-AHEAD = 4  # items that each process has been given beyond what was written
+CHUNK = 16  # items that a process is given at once
+AHEAD = 3  # chunks that each process has been given beyond what was written
 _Item = TypeVar("_Item")
 
 
@@ -107,11 +109,13 @@ def convert(source: Source[Any], layout: Layout) -> Iterator[Member]:
     if layout.processes == 1:
         yield from map(job, source.items())
     else:
-        yield from _in_order(job, source.items(), layout.processes)
+        yield from _in_order(job, layout.processes)
 
 
 class _Job:
-    """From an item to bytes; crosses to other processes."""
+    """From an item to bytes."""
+
+    here: _Job  # of a converting process, which is given it once: all captions may be in it
 
     def __init__(self, source: Source[Any], dtype: str) -> None:
         self.source = source
@@ -125,17 +129,26 @@ class _Job:
             return Member(key_of(name), {}, str(error))
 
 
-def _in_order(job: Callable[[_Item], Member], items: Iterable[_Item], processes: int) -> Iterator[Member]:
+def _start(job: _Job) -> None:
+    _Job.here = job
+
+
+def _convert(chunk: list[tuple[str, Any]]) -> list[Member]:
+    return list(map(_Job.here, chunk))
+
+
+def _in_order(job: _Job, processes: int) -> Iterator[Member]:
     context = multiprocessing.get_context("spawn")  # threads of ours or of a library must not be forked
-    waiting: deque[Future[Member]] = deque()
+    waiting: deque[Future[list[Member]]] = deque()
+    items = job.source.items()
     try:
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            for item in items:
-                waiting.append(pool.submit(job, item))
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job,)) as pool:
+            while chunk := list(islice(items, CHUNK)):
+                waiting.append(pool.submit(_convert, chunk))
                 if len(waiting) > AHEAD * processes:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         reason = "a converting process was killed, as happens when memory runs out; write fewer --processes"
         raise DataError(reason) from error
