@@ -6,7 +6,7 @@ import importlib
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from tests.models import albef_batch, albef_model, batch_for
 from tests.reference.compare import Folder, shared_folder
 from tests.runs import launch, run_whole
 from vlscale import checkpoint, config, convert, weights
+from vlscale.data.text import read_tokenizer
 from vlscale.engine import LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import albef, clip, lxmert
 from vlscale.model import PretrainModel
-from vlscale.objectives import answer, itm, masked_object, mlm
+from vlscale.objectives import answer, itm, masked_object, mlm, sigmoid
 from vlscale.optim import OptimConfig
-from vlscale.types import Text
+from vlscale.types import Text, Visual
 
 SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors store and we do not)
     "albef": ("albef", 6),  # tied decoders and their biases, and position numbers, of both networks
@@ -60,7 +61,7 @@ def expected_sizes(system: str, folder: Folder) -> Any:
 def untold(sizes: Any, family: str) -> list[str]:
     """Overrides for what no tensor's shape tells."""
     told = {size.key for size in config.pick("families", family).SIZES}
-    return [f"family.{key}={json.dumps(value)}" for key, value in config.plain(sizes).items() if key not in told]
+    return [f"family.{key}={json.dumps(value)}" for key, value in plain(sizes).items() if key not in told]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -107,13 +108,18 @@ def fused(model: PretrainModel, batch: Any) -> Tensor:
     return out.pooled
 
 
+def plain(sizes: Any) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(sizes).items()}
+
+
 def own_folder(path: Path, model: nn.Module, name: str, sizes: Any, words: tuple[str, ...] = ()) -> Path:
     """A folder under our names, as `from_published` writes it."""
     path.mkdir()
     save_file({key: value.detach().clone() for key, value in model.named_parameters()}, path / "model.safetensors")
-    (path / "config.yaml").write_text(yaml.safe_dump({"family": {"name": name, **config.plain(sizes)}}))
+    (path / "config.yaml").write_text(yaml.safe_dump({"family": {"name": name, **plain(sizes)}}))
     if words:
         (path / "vocab.txt").write_text("\n".join(words) + "\n")
+        (path / "tokenizer.json").write_text(read_tokenizer(path / "vocab.txt"))
     return path
 
 
@@ -136,9 +142,9 @@ def hugging_face(name: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("pool", ["end", "largest"])
-@pytest.mark.parametrize("quick", [False, True])
-def test_clip_in_transformers(pool: Any, quick: bool, tmp_path: Path) -> None:
-    sizes = replace(clip.tiny(), pool=pool, quick_gelu=quick, visual_heads=4)
+@pytest.mark.parametrize("gelu", ["erf", "quick"])
+def test_clip_in_transformers(pool: Any, gelu: Any, tmp_path: Path) -> None:
+    sizes = replace(clip.tiny(), pool=pool, gelu=gelu, visual_heads=4)
     family = shaken(PretrainModel(clip.build(sizes), {})).family
     words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
     end = 3 if pool == "end" else sizes.vocab - 1
@@ -152,12 +158,52 @@ def test_clip_in_transformers(pool: Any, quick: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         out = theirs(input_ids=ids, attention_mask=mask.long(), pixel_values=pixels)
         text = family.encode_text(Text(ids, mask)).embed
-        picture = family.encode_visual(albef_batch().visual["clean"]._replace(feats=pixels)).embed
+        picture = family.encode_visual(Visual(pixels)).embed
         assert text is not None
         assert picture is not None
         torch.testing.assert_close(text, out.text_embeds)
         torch.testing.assert_close(picture, out.image_embeds)
         torch.testing.assert_close(picture @ text.T / family.temperature(), out.logits_per_image)
+
+
+def siglip() -> clip.Config:
+    towers = replace(clip.tiny(), gelu="tanh", norm_eps=1e-6, visual_pool="map", embed=16, text_bias=True)
+    return replace(towers, causal=False, pool="last", pad=1, temperature=0.1)
+
+
+def test_siglip_in_transformers_and_back(tmp_path: Path) -> None:
+    sizes = siglip()
+    family = clip.build(sizes)
+    model = shaken(PretrainModel(family, {"sigmoid": sigmoid.build(sigmoid.Config(), family)}))
+    source = own_folder(tmp_path / "ours", model, "clip", sizes)
+    convert.to_hugging_face(str(source), str(tmp_path / "hf"))
+    theirs = hugging_face("SiglipModel", tmp_path / "hf")
+    ids = torch.randint(5, sizes.vocab, (3, sizes.text_length))
+    pixels = torch.randn(3, 3, sizes.image_size, sizes.image_size)
+    with torch.no_grad():
+        out = theirs(input_ids=ids, pixel_values=pixels)
+        text = family.encode_text(Text(ids, torch.ones_like(ids, dtype=torch.bool))).embed
+        picture = family.encode_visual(Visual(pixels)).embed
+        assert text is not None
+        assert picture is not None
+        logits = text @ picture.T / family.temperature() + model.get_parameter("objectives.sigmoid.bias")
+        torch.testing.assert_close(logits, out.logits_per_text)
+    overrides = [f"family.{key}={json.dumps(value)}" for key, value in plain(sizes).items()]
+    convert.from_published("siglip", str(tmp_path / "hf"), str(tmp_path / "again"), None, overrides)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again[name], parameter), name
+
+
+def test_a_text_tower_that_clip_of_transformers_has_not(tmp_path: Path) -> None:
+    for changes, says in (
+        ({"causal": False}, "reads texts causally"),
+        ({"text_bias": True}, "no place for family.text_pro"),
+    ):
+        sizes = replace(clip.tiny(), **changes)  # type: ignore[arg-type]
+        source = own_folder(tmp_path / str(changes), nn.ModuleDict({"family": clip.build(sizes)}), "clip", sizes)
+        with pytest.raises(ConfigError, match=says):
+            convert.to_hugging_face(str(source), str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize("heads", [True, False])

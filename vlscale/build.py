@@ -155,6 +155,8 @@ def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: Non
     tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
     model.copies_buffers = run.momentum.buffers == "copied"
+    if run.init.weights and (run.init.text or run.init.vision):
+        raise ConfigError("init.weights fills the whole model; leave out init.text and init.vision")
     if run.init.text or run.init.vision:
         init_towers(model, run.init.text, run.init.vision)
     if run.init.weights:

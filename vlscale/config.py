@@ -171,8 +171,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_yaml(path)
     for override in overrides:
         apply_override(tree, override)
-    name = tree.pop("recipe", path.stem)  # a dumped configuration remembers which recipe it was
-    return from_tree(name, tree)
+    return from_tree(tree.pop("recipe", path.stem), tree)  # a dumped configuration remembers which recipe it was
 
 
 def from_tree(recipe: str, tree: Mapping[str, Any]) -> RunConfig:
@@ -201,10 +200,10 @@ def from_tree(recipe: str, tree: Mapping[str, Any]) -> RunConfig:
 
 def dump(run: RunConfig) -> dict[str, Any]:
     """The plain tree that `from_tree` reads back to an equal run."""
-    tree: dict[str, Any] = {"recipe": run.recipe, "family": {"name": run.family_name, **plain(run.family)}}
-    tree["objectives"] = {name: plain(config) for name, config in run.objectives.items()}
+    tree: dict[str, Any] = {"recipe": run.recipe, "family": {"name": run.family_name, **_plain(run.family)}}
+    tree["objectives"] = {name: _plain(config) for name, config in run.objectives.items()}
     for key in ("views", "tasks", *SECTIONS, *PLAIN):
-        tree[key] = plain(getattr(run, key))
+        tree[key] = _plain(getattr(run, key))
     return tree
 
 
@@ -246,8 +245,7 @@ def find_recipe(recipe: str) -> Path:
         return path
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        known = [each.stem for each in RECIPES.glob("*.yaml")]
-        raise ConfigError(f"no recipe '{recipe}'{did_you_mean(recipe, known)}")
+        raise ConfigError(f"no recipe '{recipe}'{did_you_mean(recipe, [each.stem for each in RECIPES.glob('*.yaml')])}")
     return path
 
 
@@ -347,8 +345,7 @@ def family_of(tree: Any) -> tuple[str, Any]:
     tree = _mapping(tree, "family")
     if "name" not in tree:
         raise ConfigError("family.name is missing; write e.g. family.name=albef")
-    name = tree.pop("name")
-    return name, build(pick("families", name).Config, tree, "family")
+    return (name := tree.pop("name")), build(pick("families", name).Config, tree, "family")
 
 
 def _objectives(tree: Any) -> dict[str, Any]:
@@ -367,8 +364,6 @@ def _check(run: RunConfig) -> None:
         _at_least(1, run, key)
     for key in AT_LEAST_0:
         _at_least(0, run, key)
-    if run.init.weights and (run.init.text or run.init.vision):
-        raise ConfigError("init.weights fills the whole model; leave out init.text and init.vision")
     for key in ("coefficient", "drop_layers"):
         share = getattr(run.momentum, key)
         if not 0 <= share <= 1:
@@ -391,12 +386,11 @@ def _at_least(least: int, run: RunConfig, key: str) -> None:
         raise ConfigError(f"{key} should be at least {least} (got {value})")
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as what YAML can hold."""
+def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     return value

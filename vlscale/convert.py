@@ -6,28 +6,38 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlscale import checkpoint, config, masters, run_folder, weights
+from vlscale import build, checkpoint, config, masters, run_folder, weights
+from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean
 from vlscale.families.base import Renames, Size
 from vlscale.hugging_face import FORMS
 
-ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # systems with another one's network -> what they set there
-    "tcl": ("albef", {}),
-    "oscar_plus": ("oscar", {"region_norm": True}),
+
+class System(NamedTuple):
+    """A published system."""
+
+    family: str
+    settings: Mapping[str, Any]  # of the family's Config, where they are not its defaults
+    recipe: str | None = None  # whose sizes are the published ones, where the defaults are not
+    names: str = "PUBLISHED"  # the table in the family's file
+
+
+OTHERS = {  # systems that are not called as the family they are
+    "tcl": System("albef", {}),
+    "oscar_plus": System("oscar", {"region_norm": True}),
+    "siglip": System("clip", {}, recipe="siglip_vit_b16", names="SIGLIP"),
 }
 WIDTHS = {"hidden": "heads", "visual_width": "visual_heads", "coattention_width": "coattention_heads"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VOCAB, SEPARATOR = "vocab.txt", "[SEP]"  # a run's vocabulary, and the word of it that ends a text
 MODEL = "model.safetensors"
 SHOWN = 6  # names in a message
 
@@ -37,7 +47,7 @@ class Own:
     """Weights under our names."""
 
     tensors: dict[str, Tensor]
-    folder: Path  # where config.yaml and perhaps vocab.txt lie, if anywhere
+    folder: Path  # where config.yaml and perhaps tokenizer.json lie
 
 
 def from_published(system: str, file: str, out: str, recipe: str | None, overrides: Sequence[str]) -> list[str]:
@@ -53,23 +63,24 @@ def from_published(system: str, file: str, out: str, recipe: str | None, overrid
         ConfigError: no such system, sizes that the file does not tell, a folder that holds something.
         CheckpointError: an unreadable file, or one that is not this system's.
     """
-    name, settings = _system(system)
-    module = config.pick("families", name)
+    known = _system(system)
+    name, module = known.family, config.pick("families", known.family)
+    renames: Renames = getattr(module, known.names)
     folder = _new(Path(out))
     tensors = weights.read(file)
-    tree = _recipe(name, settings, recipe)
+    tree = _recipe(known, recipe)
     told, sizes = _sizes(tree["family"], module.SIZES, tensors, overrides)
-    networks = _networks(module.build(sizes), tensors, module.PUBLISHED)
-    loaded = weights.fill(networks, tensors, module.PUBLISHED)
+    networks = _networks(module.build(sizes), tensors, renames)
+    loaded = weights.fill(networks, tensors, renames)
     found = {each: tensor.detach() for each, tensor in (*networks.named_parameters(), *networks.named_buffers())}
-    heads = _heads(tensors, loaded.unused, module.PUBLISHED, tree.get("objectives") or {})
+    heads = _heads(tensors, loaded.unused, renames, tree.get("objectives") or {})
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / MODEL, {**found, **heads}, system)
-    family = {"name": name, **config.plain(sizes)}
+    family = {"name": name, **_plain(sizes)}
     (folder / run_folder.CONFIG).write_text(yaml.safe_dump({"family": family}, sort_keys=False))
-    used = {each: tensor for each, tensor in tensors.items() if weights.find(each, module.PUBLISHED)[1]}
+    used = {each: tensor for each, tensor in tensors.items() if weights.find(each, renames)[1]}
     unused = [f"{each}{_copy_of(tensors[each], used)}" for each in tensors if each not in used]
-    assumed = {key: value for key, value in config.plain(sizes).items() if key not in told}
+    assumed = {key: value for key, value in _plain(sizes).items() if key not in told}
     return [
         f"{folder}: {len(used)} of {len(tensors)} tensors of {system}, as family {name}",
         f"told by their shapes: {_pairs(told)}",
@@ -86,9 +97,9 @@ def into_published(system: str, source: str, out: str, dtype: str | None = None)
         ConfigError: no such system, or a file that is there already.
         CheckpointError: unreadable, or not this system's network.
     """
-    name, _ = _system(system)
+    known = _system(system)
     own, file = _own(source), _new_file(out)
-    made = weights.publish(own.tensors, config.pick("families", name).PUBLISHED)
+    made = weights.publish(own.tensors, getattr(config.pick("families", known.family), known.names))
     foreign = [each for each in made.nameless if each.startswith("family.")]
     if foreign:
         raise CheckpointError(
@@ -116,11 +127,16 @@ def to_hugging_face(source: str, out: str, dtype: str | None = None) -> list[str
     name, sizes = config.family_of(config.read_yaml(path).get("family"))
     if name not in FORMS:
         raise ConfigError(f"transformers has no model that is family '{name}'; it has {', '.join(sorted(FORMS))}")
-    form = FORMS[name]
+    form = FORMS[name](sizes)
     covered = {each: tensor for each, tensor in own.tensors.items() if re.fullmatch(form.covers, each)}
     made = weights.publish(covered, form.renames)
     tensors = {form.named(each): tensor for each, tensor in _cast(made.tensors, dtype).items()}
-    described = form.config(sizes, own.tensors, _end_token(own.folder, sizes.vocab))
+    described = form.config(sizes, own.tensors, _end_token(own.folder, sizes))
+    foreign = [each for each in made.nameless if each.startswith("family.")]
+    if foreign:
+        raise ConfigError(
+            f"transformers has no place for {', '.join(foreign[:SHOWN])} in {described['architectures'][0]}"
+        )
     left_out = [*made.nameless, *(each for each in own.tensors if each not in covered)]
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / MODEL, tensors, None)
@@ -207,11 +223,11 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]
     return {name: each.to(DTYPES[dtype]) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
-def _end_token(folder: Path, vocab: int) -> int:
-    """The id that ends a text: of the run's vocabulary, else the last one, as in CLIP's."""
-    file = folder / VOCAB
-    words = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return words.index(SEPARATOR) if SEPARATOR in words else vocab - 1
+def _end_token(folder: Path, sizes: Any) -> int:
+    """The id that ends a text: of the run's tokenizer, else the last one, as in CLIP's."""
+    file = folder / build.TOKENIZER
+    found = Tokenizer(file, sizes.inputs).sep if file.is_file() else None
+    return int(sizes.vocab) - 1 if found is None else found
 
 
 # --- authors' files ----------------------------------------------------------------------------------------
@@ -220,32 +236,27 @@ def _end_token(folder: Path, vocab: int) -> int:
 def _families() -> list[str]:
     """Those whose authors' names we know."""
     names = sorted(path.stem for path in (config.HERE / "families").glob("*.py"))
-    return [name for name in names if name not in ("__init__", "base") and _names(config.pick("families", name)).rows]
+    names = [name for name in names if name not in ("__init__", "base")]
+    return [name for name in names if config.pick("families", name).PUBLISHED.rows]
 
 
-def _names(module: ModuleType) -> Renames:
-    renames: Renames = module.PUBLISHED
-    return renames
-
-
-def _system(system: str) -> tuple[str, dict[str, Any]]:
-    """(family, what the system sets there)."""
-    if system in ALIASES:
-        return ALIASES[system]
-    known = _families()
+def _system(system: str) -> System:
+    known = {**{name: System(name, {}) for name in _families()}, **OTHERS}
     if system not in known:
-        raise ConfigError(f"no system '{system}'{did_you_mean(system, [*known, *ALIASES])}")
-    return system, {}
+        raise ConfigError(f"no system '{system}'{did_you_mean(system, known)}")
+    return known[system]
 
 
-def _recipe(name: str, settings: Mapping[str, Any], recipe: str | None) -> dict[str, Any]:
+def _recipe(system: System, recipe: str | None) -> dict[str, Any]:
     """The recipe's tree, or one of the published family alone."""
-    if recipe is None:
-        return {"family": {"name": name, **settings}}
-    tree = config.read_yaml(config.find_recipe(recipe))
+    if recipe is None and system.recipe is None:
+        return {"family": {"name": system.family, **system.settings}}
+    tree = config.read_yaml(config.find_recipe(recipe or str(system.recipe)))
     family, _ = config.family_of(tree.get("family"))
-    if family != name:
-        raise ConfigError(f"--recipe {recipe} is of family '{family}', but the weights are of '{name}'; give another")
+    if family != system.family:
+        raise ConfigError(
+            f"--recipe {recipe} is of family '{family}', but the weights are of '{system.family}'; give another"
+        )
     return tree
 
 
@@ -254,7 +265,7 @@ def _sizes(
 ) -> tuple[dict[str, int], Any]:
     """({key: number that shapes tell}, the family's Config)."""
     _, before = config.family_of(family)
-    numbers = config.plain(before)
+    numbers = _plain(before)
     told: dict[str, int] = {}
     for size in known:
         number = _told(size, tensors)
@@ -320,6 +331,11 @@ def _copy_of(unused: Tensor, tensors: Mapping[str, Tensor]) -> str:
 
 def _more(names: Sequence[str]) -> str:
     return f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+
+
+def _plain(sizes: Any) -> dict[str, Any]:
+    """A Config as what YAML can hold."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(sizes).items()}
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlscale.errors import ConfigError
 from vlscale.families import albef, clip, lxmert
 from vlscale.families.base import Rename, Renames
+
+GELU = {"erf": "gelu", "quick": "quick_gelu", "tanh": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True)
@@ -66,35 +69,59 @@ def _clip_rows() -> list[Rename]:
 
 
 def _clip(config: clip.Config, tensors: Mapping[str, Tensor], end_token: int) -> dict[str, Any]:
-    """CLIPModel reads a text at its first `eos_token_id`, but at its largest id where that is 2 (modeling_clip.py)."""
-    both = {
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "layer_norm_eps": clip.NORM_EPS,
+    """CLIPModel reads a text at its first `eos_token_id`, but at its largest id where that is 2 (modeling_clip.py).
+
+    Raises:
+        ConfigError: a text tower that is not CLIP's.
+    """
+    if not config.causal:
+        raise ConfigError("CLIPModel of transformers reads texts causally, and this network does not (family.causal)")
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
         "projection_dim": config.embed,
+        "text_config": {
+            **_text_tower(config),
+            "projection_dim": config.embed,
+            "eos_token_id": 2 if config.pool == "largest" else end_token,
+        },
+        "vision_config": {**_image_tower(config), "projection_dim": config.embed},
     }
-    text = {
+
+
+def _siglip(config: clip.Config, tensors: Mapping[str, Tensor], end_token: int) -> dict[str, Any]:
+    """SiglipModel reads a text at its last place, whatever stands there."""
+    return {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {**_text_tower(config), "projection_size": config.embed},
+        "vision_config": _image_tower(config),
+    }
+
+
+def _text_tower(config: clip.Config) -> dict[str, Any]:
+    return {
         "vocab_size": config.vocab,
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.heads,
         "max_position_embeddings": config.text_length,
-        "eos_token_id": 2 if config.pool == "largest" else end_token,
+        "hidden_act": GELU[config.gelu],
+        "layer_norm_eps": config.norm_eps,
     }
-    vision = {
+
+
+def _image_tower(config: clip.Config) -> dict[str, Any]:
+    return {
         "hidden_size": config.visual_width,
         "intermediate_size": config.visual_intermediate,
         "num_hidden_layers": config.visual_layers,
         "num_attention_heads": config.visual_heads,
         "image_size": config.image_size,
         "patch_size": config.patch,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed,
-        "text_config": {**text, **both},
-        "vision_config": {**vision, **both},
+        "hidden_act": GELU[config.gelu],
+        "layer_norm_eps": config.norm_eps,
     }
 
 
@@ -141,10 +168,13 @@ def _lxmert(config: lxmert.Config, tensors: Mapping[str, Tensor], end_token: int
     }
 
 
-FORMS = {  # by family
-    "albef": Form(
-        albef.PUBLISHED, r"family\.(?:text_embeddings|text_stack)\..*", _albef, instead=("text_encoder.bert.", "")
-    ),
-    "clip": Form(Renames(tuple(_clip_rows())), r"family\..*", _clip),
-    "lxmert": Form(lxmert.PUBLISHED, r"(?:family|objectives)\..*", _lxmert, instead=("bert.", "lxmert.")),
+ALBEF = Form(albef.PUBLISHED, r"family\.(?:text_embeddings|text_stack)\..*", _albef, instead=("text_encoder.bert.", ""))
+CLIP = Form(Renames(tuple(_clip_rows())), r"family\..*", _clip)
+SIGLIP = Form(clip.SIGLIP, r"family\..*|objectives\.sigmoid\.bias", _siglip)
+LXMERT = Form(lxmert.PUBLISHED, r"(?:family|objectives)\..*", _lxmert, instead=("bert.", "lxmert."))
+
+FORMS: dict[str, Callable[[Any], Form]] = {  # by family, of its Config
+    "albef": lambda config: ALBEF,
+    "clip": lambda config: SIGLIP if config.visual_pool == "map" else CLIP,
+    "lxmert": lambda config: LXMERT,
 }

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -136,8 +136,15 @@ class Published:
     """What `publish` made."""
 
     tensors: dict[str, Tensor]  # by published name
-    sources: dict[str, str]  # {published name: ours}
     nameless: tuple[str, ...]  # ours that the table has no name for, or whose name another one has
+
+
+class Place(NamedTuple):
+    """One target of a row, backwards."""
+
+    row: Rename
+    number: int  # among the row's targets
+    pattern: re.Pattern[str]  # our names
 
 
 @torch.no_grad()
@@ -146,31 +153,45 @@ def publish(tensors: Mapping[str, Tensor], renames: Renames) -> Published:
 
     Of several of ours that came from one published tensor (a twin, a second head) the first is written.
     """
-    found, sources, nameless = {}, {}, []
-    rows = [(row, _reversed(row.source, target)) for row in renames.rows for target in row.targets]
+    pieces: dict[str, dict[int, Tensor]] = {}
+    sources: dict[str, str] = {}
+    nameless = []
+    rows = [
+        Place(row, number, _reversed(row.source, target))
+        for row in renames.rows
+        for number, target in enumerate(row.targets)
+    ]
     for ours, tensor in tensors.items():
-        names = _published_names(ours, rows, renames)
-        fresh = {name: row for name, row in names.items() if name not in found}
+        places = _published_names(ours, rows, renames)
+        network = ours.split(".")[0]
+        fresh = {
+            name: place
+            for name, place in places.items()
+            if name not in pieces or (place.row.joined and sources[name].split(".")[0] == network)
+        }
         if not fresh:
             nameless.append(ours)
-        for name, row in fresh.items():
-            index, number = row.part
-            part = tensor.chunk(number)[index]
-            found[name] = (part if row.back is None else row.back(part)).contiguous()
-            sources[name] = ours
-    return Published(found, sources, tuple(nameless))
+        for name, (row, number, _) in fresh.items():
+            part = tensor.chunk(row.part[1])[row.part[0]]
+            pieces.setdefault(name, {})[number] = part if row.back is None else row.back(part)
+            sources.setdefault(name, ours)
+    found = {
+        name: torch.cat([each for _, each in sorted(own.items())]) if len(own) > 1 else next(iter(own.values()))
+        for name, own in pieces.items()
+    }
+    return Published({name: each.contiguous() for name, each in found.items()}, tuple(nameless))
 
 
-def _published_names(ours: str, rows: Iterable[tuple[Rename, re.Pattern[str]]], renames: Renames) -> dict[str, Rename]:
-    """{published name: its row} of one of our tensors: one, or as many as it has parts."""
-    found: dict[tuple[int, int], tuple[str, Rename]] = {}
-    for row, pattern in rows:
-        match = pattern.fullmatch(ours)
+def _published_names(ours: str, rows: Iterable[Place], renames: Renames) -> dict[str, Place]:
+    """{published name: where it stands} of one of our tensors: one, or as many as it has parts."""
+    found: dict[tuple[int, int], tuple[str, Place]] = {}
+    for place in rows:
+        row, match = place.row, place.pattern.fullmatch(ours)
         if match is None or row.part in found or any(part[1] != row.part[1] for part in found):
             continue
         name = _spelled(row.source, match)
         if find(name, renames)[0] is row:  # else an earlier row would take it elsewhere
-            found[row.part] = (name, row)
+            found[row.part] = (name, place)
     return dict(found.values())
 
 

@@ -25,6 +25,7 @@ class Rename(NamedTuple):
     part: tuple[int, int] = (0, 1)  # (i, n): fills the i-th of n equal parts of our first axis
     optional: bool = False  # the model may lack every target (a twin, an objective's head)
     back: Callable[[Tensor], Tensor] | None = None  # undoes `change`, of a whole tensor; None = nothing to undo
+    joined: bool = False  # the way back stacks the targets of one network, in their order
 
 
 class Renames(NamedTuple):

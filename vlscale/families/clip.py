@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames
+from vlscale.families.base import Family, Rename, Renames, Size
 from vlscale.nn.attention import causal_mask
 from vlscale.nn.clip import ACTIVATIONS, TokensAndPositions, clip_blocks, init_siglip, init_text_blocks
 from vlscale.nn.temperature import LogitScale
@@ -268,9 +269,22 @@ def _positions(tensor: Tensor, shape: torch.Size) -> Tensor:
     return resize_positions(tensor[None], shape)
 
 
-def _row(source: str, target: str, change: Callable[[Tensor, torch.Size], Tensor] | None = None) -> Rename:
+def _to_scalar(tensor: Tensor) -> Tensor:
+    return tensor.reshape(())
+
+
+def _one_table(tensor: Tensor) -> Tensor:
+    return tensor[0]
+
+
+def _row(
+    source: str,
+    target: str,
+    change: Callable[[Tensor, torch.Size], Tensor] | None = None,
+    back: Callable[[Tensor], Tensor] | None = None,
+) -> Rename:
     """To the family, and to its momentum twin where the model has one; `module.` is DDP's."""
-    return Rename(r"(?:module\.)?" + source, (f"family.{target}", f"twin.{target}"), change)
+    return Rename(r"(?:module\.)?" + source, (f"family.{target}", f"twin.{target}"), change, back=back)
 
 
 def _resblocks(source: str, ours: str) -> list[Rename]:
@@ -291,23 +305,37 @@ TEXT = r"(?:text\.)?"  # open_clip's CustomTextCLIP has the text tower under thi
 # open_clip's names, which are OpenAI's.
 PUBLISHED = Renames(
     (
-        _row(r"visual\.class_embedding", "image_encoder.tokens.class_token", _class_token),
-        _row(r"visual\.positional_embedding", "image_encoder.tokens.positions", _positions),
+        _row(r"visual\.class_embedding", "image_encoder.tokens.class_token", _class_token, torch.flatten),
+        _row(r"visual\.positional_embedding", "image_encoder.tokens.positions", _positions, _one_table),
         _row(r"visual\.conv1\.weight", "image_encoder.patches.projection.weight"),
         _row(r"visual\.ln_pre\.(\w+)", r"image_encoder.pre_norm.\1"),
         *_resblocks(r"visual\.", "image_encoder.stack."),
         _row(r"visual\.ln_post\.(\w+)", r"image_encoder.norm.\1"),
-        _row(r"visual\.proj", "visual_proj.weight", _turn),
+        _row(r"visual\.proj", "visual_proj.weight", _turn, torch.t),
         _row(TEXT + r"token_embedding\.weight", "text_tokens.word.weight"),
         _row(TEXT + r"positional_embedding", "text_tokens.positions.weight", _first_rows),
         *_resblocks(TEXT, "text_stack."),
         _row(TEXT + r"ln_final\.(\w+)", r"text_norm.\1"),
-        _row(TEXT + r"text_projection", "text_proj.weight", _turn),
-        _row("logit_scale", "temperature.value", _to_one),
-        Rename(r"(?:module\.)?logit_bias", ("objectives.sigmoid.bias",), _to_one, optional=True),
+        _row(TEXT + r"text_projection", "text_proj.weight", _turn, torch.t),
+        _row("logit_scale", "temperature.value", _to_one, _to_scalar),
+        Rename(r"(?:module\.)?logit_bias", ("objectives.sigmoid.bias",), _to_one, optional=True, back=_to_scalar),
         Rename(r"input_resolution|context_length|vocab_size"),  # numbers that OpenAI's files carry along
     ),
     fills=r"(?:family|twin)\..*",
+)
+
+SIZES = (
+    Size("patch", r"visual\.conv1\.weight", 2),
+    Size("image_size", r"visual\.positional_embedding", 0, lambda rows, known: isqrt(rows - 1) * int(known["patch"])),
+    Size("visual_width", r"visual\.conv1\.weight", 0),
+    Size("visual_layers", r"visual\.transformer\.resblocks\.(\d+)\..*"),
+    Size("visual_intermediate", r"visual\.transformer\.resblocks\.0\.mlp\.c_fc\.weight", 0),
+    Size("hidden", TEXT + r"token_embedding\.weight", 1),
+    Size("vocab", TEXT + r"token_embedding\.weight", 0),
+    Size("text_length", TEXT + r"positional_embedding", 0),
+    Size("text_layers", TEXT + r"transformer\.resblocks\.(\d+)\..*"),
+    Size("intermediate", TEXT + r"transformer\.resblocks\.0\.mlp\.c_fc\.weight", 0),
+    Size("embed", r"visual\.proj", 1),
 )
 
 Clip.published = PUBLISHED
@@ -343,11 +371,16 @@ POOL = tuple(f"{model}.visual_pool.{layer}.\\1" for model in ("family", "twin") 
 SIGLIP = Renames(
     (
         _row(IMAGE + r"embeddings\.patch_embedding\.(\w+)", r"image_encoder.patches.projection.\1"),
-        _row(IMAGE + r"embeddings\.position_embedding\.weight", "image_encoder.tokens.positions", _all_positions),
+        _row(
+            IMAGE + r"embeddings\.position_embedding\.weight",
+            "image_encoder.tokens.positions",
+            _all_positions,
+            _one_table,
+        ),
         *_hf_layers(IMAGE, "image_encoder.stack."),
         _row(IMAGE + r"post_layernorm\.(\w+)", r"image_encoder.norm.\1"),
         _row(HEAD + "probe", "visual_pool.query_token.value"),
-        Rename(HEAD + r"attention\.in_proj_(\w+)", POOL, _query_or_rest),
+        Rename(HEAD + r"attention\.in_proj_(\w+)", POOL, _query_or_rest, joined=True),
         _row(HEAD + r"attention\.out_proj\.(\w+)", r"visual_pool.output.\1"),
         _row(HEAD + r"layernorm\.(\w+)", r"visual_pool.norm.\1"),
         _row(HEAD + r"mlp\.(\w+)\.(\w+)", r"visual_pool.mlp.\1.\2"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.coattention import CoattentionBlock, Sections
@@ -228,8 +228,11 @@ def _layer_flops(tokens: int, width: int, inner: int) -> int:
 
 
 def _check(config: Config) -> None:
-    for name in ("", "visual_", "coattention_"):
-        whole, part = f"{name}width" if name else "hidden", f"{name}heads"
+    for whole, part in (
+        ("hidden", "heads"),
+        ("visual_width", "visual_heads"),
+        ("coattention_width", "coattention_heads"),
+    ):
         if getattr(config, whole) % getattr(config, part):
             raise ConfigError(
                 f"family.{whole} {getattr(config, whole)} is not a multiple of "
@@ -388,13 +391,6 @@ INIT_TEXT = Renames(
     fills=r"family\.text_(?:embeddings|stack|fusion_stack)\..*",
 )
 
-SIZES = (
-    *bert_sizes(r"bert\.", layers="text_layers"),
-    Size("visual_layers", r"bert\.encoder\.v_layer\.(\d+)\..*"),
-    Size("visual_width", r"bert\.v_embeddings\.image_embeddings\.weight", 0),
-    Size("feats", r"bert\.v_embeddings\.image_embeddings\.weight", 1),
-    Size("visual_intermediate", r"bert\.encoder\.v_layer\.0\.intermediate\.dense\.weight", 0),
-    Size("coattention_width", r"bert\.t_pooler\.dense\.weight", 0),
-)
+SIZES = bert_sizes(r"bert\.", layers="text_layers")  # of the other streams there is one published size
 
 Vilbert.published, Vilbert.init_text = PUBLISHED, INIT_TEXT
