@@ -206,6 +206,16 @@ def test_start() -> None:
     assert not state["pooler.dense.bias"].any()
 
 
+def test_the_scale_of_the_start() -> None:
+    made = []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        made.append(oscar.build(replace(oscar.tiny(), init_scale=scale)).state_dict())
+    scaled = {name for name, tensor in made[0].items() if not torch.equal(tensor, made[1][name])}
+    assert scaled == {name for name, tensor in made[0].items() if tensor.ndim == 2 and "text_embeddings" not in name}
+    assert all(torch.equal(4 * made[0][name], made[1][name]) for name in scaled)
+
+
 def test_bf16_takes_fp32_regions() -> None:
     family = miniature().to(torch.bfloat16)
     text, visual = streams(family, batch())

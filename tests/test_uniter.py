@@ -155,6 +155,16 @@ def test_flops_equal_torchs_counter() -> None:
     assert count["fuse"] * 4 == counter.get_total_flops()
 
 
+def test_the_scale_of_the_start() -> None:
+    made = []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        made.append(uniter.build(replace(uniter.tiny(), init_scale=scale)).state_dict())
+    scaled = {name for name, tensor in made[0].items() if not torch.equal(tensor, made[1][name])}
+    assert scaled == {name for name, tensor in made[0].items() if tensor.ndim == 2 and "embeddings" not in name}
+    assert all(torch.equal(4 * made[0][name], made[1][name]) for name in scaled)
+
+
 def test_bf16_takes_fp32_features() -> None:
     family, batch = family_of().to(torch.bfloat16), batch_of()
     words, regions = states(fused_of(family, batch, "masked"))

@@ -13,7 +13,7 @@ from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 
@@ -35,6 +35,7 @@ class Config:
     boxes: int = 6  # x1/W, y1/H, x2/W, y2/H, w/W, h/H: run_oscarplus_pretrain.py, img_feature_dim 2054
     classes: int = 1601  # Visual Genome's objects and the background; for objectives alone
     region_norm: bool = False  # OSCAR+: a LayerNorm over the region embeddings (use_img_layernorm)
+    init_scale: float = 1.0  # on the matrices' start of 0.02, which was chosen for width 768
 
     @property
     def inputs(self) -> Inputs:
@@ -69,6 +70,8 @@ class Oscar(Family):
         self.region_embeddings = RegionEmbeddings(c.feats + c.boxes, c.hidden, c.region_norm, c.dropout)
         self.stack = Stack(bert_layers(c.layers, c.hidden, c.heads, c.intermediate, c.dropout))
         self.pooler = Pooler(c.hidden)
+        for part in (self.region_embeddings, self.stack, self.pooler):
+            scale_matrices(part, c.init_scale)
         self.dims = Dims(c.hidden, c.hidden, c.hidden, vocab=c.vocab, feats=c.feats, classes=c.classes)
         self.inputs = c.inputs
 

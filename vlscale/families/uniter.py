@@ -13,7 +13,7 @@ from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 BOXES = 7  # x1/W, y1/H, x2/W, y2/H, w/W, h/H and the area share (data/data.py)
@@ -36,6 +36,7 @@ class Config:
     classes: int = 1601  # of the detector; 0 = background
     regions: int = 100  # config/pretrain-*.json: max_bb
     text_length: int = 62  # config/pretrain-*.json: max_txt_len 60, and [CLS], [SEP]
+    init_scale: float = 1.0  # on the matrices' start of 0.02, which was chosen for width 768
 
     @property
     def inputs(self) -> Inputs:
@@ -90,6 +91,8 @@ class Uniter(Family):
         self.region_embeddings = RegionEmbeddings(c.feats, c.hidden, c.dropout)
         self.stack = Stack(bert_layers(c.layers, c.hidden, c.heads, c.intermediate, c.dropout))
         self.pooler = Pooler(c.hidden)
+        for part in (self.stack, self.pooler):
+            scale_matrices(part, c.init_scale)
         self.dims = Dims(c.hidden, c.hidden, c.hidden, vocab=c.vocab, feats=c.feats, classes=c.classes)
         self.inputs = c.inputs
 
