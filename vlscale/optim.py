@@ -20,11 +20,12 @@ class SgdConfig:
     lr_scale: float = 1.0  # factor on `lr`, and so on its whole schedule
     momentum: float = 0.9
     weight_decay: float = 0.0  # added to the gradient, of biases and vectors too
+    cold_steps: int = 0  # first updates in which these parts stay as they are (SOHO: ten epochs)
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ConfigError("optim.sgd.parts is empty; name parts of parameters, e.g. optim.sgd.parts=[trunk]")
-        for key in ("lr_scale", "weight_decay"):
+        for key in ("lr_scale", "weight_decay", "cold_steps"):
             _not_negative(f"optim.sgd.{key}", getattr(self, key))
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optim.sgd.momentum should be from 0 and below 1 (got {self.momentum})")

@@ -12,7 +12,8 @@ In step t, with m <- b1 m + (1 - b1) g and v <- b2 v + (1 - b2) g^2, and m' = m 
 - `lamb` (You et al. 2020, algorithm 2, with phi(z) = z), for batches of many thousands: u = m' / (sqrt(v') + eps) +
   decay p, then p <- p - lr |p| / |u| u, with the norms of each parameter on its own. Where one of them is 0, and for
   parameters that are spared from decay (as in ALBERT's lamb_optimizer.py and TensorFlow Addons), the ratio is 1
-- `sgd`, torch's, for `optim.sgd.parts`: b <- momentum b + g + decay p, p <- p - lr b
+- `sgd`, torch's, for `optim.sgd.parts`: b <- momentum b + g + decay p, p <- p - lr b; not in
+  the first `cold_steps`, whose gradients count in the global norm alone
 
 `optim.clip_each` scales each parameter's gradient down to that norm before any of them (1: ViLBERT and VLP, whose
 BertAdam does it).
@@ -117,7 +118,8 @@ class ByGroup(torch.optim.Optimizer):
 
     def __init__(self, parameter_groups: Iterable[dict[str, Any]], config: OptimConfig) -> None:
         shared = {"betas": config.betas, "eps": config.eps, "clip_each": config.clip_each}
-        super().__init__(parameter_groups, {**shared, "momentum": config.sgd.momentum if config.sgd else 0.0})
+        own = {"momentum": config.sgd.momentum, "cold_steps": config.sgd.cold_steps} if config.sgd else {}
+        super().__init__(parameter_groups, {**shared, **own})
         self.pieces = Pieces()
 
     @torch.no_grad()
@@ -253,6 +255,10 @@ def _roots(squares: list[Tensor] | tuple[Tensor, ...], eps: float) -> list[Tenso
 
 def _sgd(move: Move) -> None:
     momentum: list[Tensor | None] = [*move.kept("momentum_buffer")]
+    if move.options["cold_steps"]:
+        torch._foreach_add_(move.steps(), 1)
+        if float(move.steps()[0]) <= move.options["cold_steps"]:
+            return
     sgd(
         move.parameters,
         move.gradients,
