@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from tests.distributed.spawn import run_ranks
+from tests.runs import launch
 from tests.shard_files import Members, write_tar
 from tests.test_recipes import NAMES, shrunk
+from vlscale import config
 from vlscale.config import RunConfig
 from vlscale.data.scene_regions import FEATURES, NUM_ATTRIBUTES, NUM_CLASSES
 from vlscale.errors import VlscaleError
@@ -25,7 +27,7 @@ REGIONS = (0, 1, 40, 5)
 SHAPES = ((64, 64), (20, 90), (300, 24), (33, 47))  # height and width in pixels
 
 
-def odd_sample(number: int) -> Members:
+def odd_sample(number: int, feats: int = FEATURES, classes: int = NUM_CLASSES) -> Members:
     rng = np.random.default_rng(number)
     height, width = SHAPES[number % 4]
     picture = cv2.imencode(".png", rng.integers(0, 256, (height, width, 3), dtype=np.uint8))[1].tobytes()
@@ -36,11 +38,11 @@ def odd_sample(number: int) -> Members:
     buffer = BytesIO()
     np.savez(
         buffer,
-        features=rng.random((count, FEATURES)).astype(np.float16),
+        features=rng.random((count, feats)).astype(np.float16),
         boxes=np.sort(rng.random((count, 2, 2)), axis=1).reshape(count, 4) * [width, height, width, height],
-        classes=rng.integers(NUM_CLASSES, size=count),
+        classes=rng.integers(classes, size=count),
         class_confidence=rng.random(count),
-        class_probs=rng.dirichlet(np.ones(NUM_CLASSES), size=count).reshape(count, NUM_CLASSES),
+        class_probs=rng.dirichlet(np.ones(classes), size=count).reshape(count, classes),
         attributes=rng.integers(NUM_ATTRIBUTES, size=count),
         attribute_confidence=rng.random(count),
     )
@@ -50,6 +52,20 @@ def odd_sample(number: int) -> Members:
         (f"{key}.json", json.dumps(record).encode()),
         (f"{key}.regions.npz", buffer.getvalue()),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("_tiny", "quickstart"))])
+def test_a_dry_run_at_the_published_size(name: str, tmp_path: Path) -> None:
+    family = config.load(name).family
+    widths = (family.feats, family.classes) if family.inputs.regions else ()
+    shard = write_tar(tmp_path / "few.tar", [member for n in range(8) for member in odd_sample(n, *widths)])
+    data = (f"data.train={shard}", f"data.val={shard}", "data.batch=8", "data.micro_batch=8")
+    done = launch("pretrain", "--recipe", name, "--dry_run", *data, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned = {line[:34].strip(): line[34:].strip() for line in done.stdout.splitlines()}
+    assert float(planned["model TFLOPs per step"]) > 0.05
+    assert int(planned["trainable, all"].replace(",", "")) > 1e7
 
 
 def odd_run(name: str, shard: str, hidden: bool, per_rank: int) -> RunConfig:

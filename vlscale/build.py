@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
 from vlscale.recompute import set_activation_checkpointing
-from vlscale.types import Inputs
+from vlscale.types import Batch, Inputs
 from vlscale.weights import init_towers, init_whole, owners
 
 TOKENIZER = "tokenizer.json"
@@ -196,6 +196,19 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         if distributed.rank():
             loader.bad_samples = 0  # rank 0 goes on with the count of all
     return loader
+
+
+def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int) -> dict[str, Batch]:
+    """{task: its first few samples}, at most `samples` and a micro-batch, the same on every rank."""
+    few = min(samples, setting.ds["train_micro_batch_size_per_gpu"])
+
+    def first(task: str) -> Batch:
+        only = replace(plan(run, setting, model), tasks=TaskOrder({task: 1.0}, run.seed))
+        alone = {"batch": few, "micro_batch": few, "rank": 0, "world": 1, "workers": 0}
+        loader = Loader(setting.train, setting.tokenizer, run.family.inputs, only, **alone)
+        return next(iter(loader.steps(0, 1)))[1][0]
+
+    return {task: first(task) for task in model.tasks}
 
 
 def plan(run: RunConfig, setting: Setting, model: PretrainModel) -> Plan:

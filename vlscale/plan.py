@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlscale import build, distributed, ds_config
+from vlscale import build, distributed, ds_config, optimizers
 from vlscale.build import Request
 from vlscale.errors import DONE
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
+from vlscale.optim import OptimConfig, groups
 from vlscale.types import Batch, Moment
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PROBE = 2  # samples whose activations are measured
+PROBE = 32  # samples that lengths and FLOPs are judged by
+MEASURED = 2  # of them, whose activations are measured
 ASSUMED_MFU = 0.35  # share of the peak that the time is stated for
 
 
@@ -24,15 +26,16 @@ def show(request: Request) -> int:
     setting = build.setup(request)
     run = request.run
     model = build.build_model(run)
-    loader = build.build_loader(run, setting, model)
-    _, batches = next(iter(loader.steps(0, 1)))
-    batch = batches[0]
-    world = distributed.world_size()
-    memory = memory_plan(model, setting.ds, world)
-    memory["activations of a micro-batch"] = activation_bytes(model, batch)
+    batches = build.probes(run, setting, model, PROBE)
+    world, micro_batch = distributed.world_size(), setting.ds["train_micro_batch_size_per_gpu"]
+    memory = memory_plan(model, setting.ds, world, run.optim)
+    memory["activations of a micro-batch"] = max(
+        activation_bytes(model, batch, micro_batch) for batch in batches.values()
+    )
     if distributed.rank() == 0:
-        flops = step_flops(model, batch)
-        passes = len(batches) * world
+        flops = run.data.batch * _mean(model, {task: step_flops(model, each).model for task, each in batches.items()})
+        tokens = run.data.batch * _mean(model, {task: _tokens(each) for task, each in batches.items()})
+        few = len(next(iter(batches.values())))
         print(build.describe(run, setting, model, start=0))
         print("\nparameters")
         for name, count in parameter_counts(model).items():
@@ -41,16 +44,15 @@ def show(request: Request) -> int:
         for name, size in memory.items():
             print(f"  {name:32} {size / 2**20:>12.1f} MiB")
         print(f"  {'together':32} {sum(memory.values()) / 2**20:>12.1f} MiB")
-        tokens = sum(int(text.mask.sum()) for text in batch.text.values()) * passes
         samples = len(setting.train)
         print("\nwork")
         print(f"  {'samples per step':32} {run.data.batch:>12,}")
-        print(f"  {'micro-batches per rank and step':32} {len(batches):>12,}")
-        print(f"  {'text tokens per step, all views':32} {tokens:>12,}")
-        print(f"  {'model TFLOPs per step':32} {flops.model * passes / 1e12:>12.3f}")
+        print(f"  {'micro-batches per rank and step':32} {run.data.batch // (micro_batch * world):>12,}")
+        print(f"  {'text tokens per step, all views':32} {round(tokens / few):>12,}")
+        print(f"  {'model TFLOPs per step':32} {flops / few / 1e12:>12.3f}")
         print(f"  {'steps':32} {run.steps:>12,}")
         print(f"  {'epochs':32} {run.steps * run.data.batch / samples:>12.2f}")
-        print(f"  {'time':32} {_time(flops.model * len(batches) * run.steps, setting):>12}")
+        print(f"  {'time':32} {_time(flops / few / world * run.steps, setting):>12}")
     distributed.barrier()
     return DONE
 
@@ -65,11 +67,11 @@ def parameter_counts(model: PretrainModel) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def memory_plan(model: PretrainModel, ds: dict[str, Any], world: int) -> dict[str, int]:
+def memory_plan(model: PretrainModel, ds: dict[str, Any], world: int, optim_config: OptimConfig) -> dict[str, int]:
     """Bytes on one rank's device by part, from the ZeRO paper's accounting (arXiv 1910.02054, section 3).
 
-    AdamW keeps an fp32 master (beside 16-bit weights) and two fp32 moments; gradients are accumulated in fp32.
-    What is offloaded is left out.
+    The optimizer keeps an fp32 master (beside 16-bit weights) and its fp32 moments, two for Adam's kind and one for
+    SGD; gradients are accumulated in fp32. What is offloaded is left out.
     """
     stage, size = ds_config.stage(ds), BYTES[ds_config.precision(ds)]
     zero = ds.get("zero_optimization", {})
@@ -78,22 +80,27 @@ def memory_plan(model: PretrainModel, ds: dict[str, Any], world: int) -> dict[st
     followed = sum(online.numel() for online, _ in model.momentum_pairs() if online.requires_grad)
     along = trainable - followed if followed and stage else 0  # heads in the flat buffers, see vlscale.averages
     averages = {2: followed + along, 4: along if stage == 3 else 0}[size] * 4  # an fp32 twin is its own average
-    masters = 12 if size == 2 else 8
+    masters = trainable * 4 if size == 2 else 0
+    moments = sum(
+        optimizers.MOMENTS[group["rule"]] * 4 * each.numel()
+        for group in groups(model.named_parameters(), optim_config)
+        for each in group["params"]
+    )
     return {
         "weights": 0 if "offload_param" in zero else whole * size // world if stage == 3 else (whole + along) * size,
         "gradients": trainable * 4 // (world if stage >= 2 else 1),
-        "optimizer": 0 if "offload_optimizer" in zero else trainable * masters // (world if stage >= 1 else 1),
+        "optimizer": 0 if "offload_optimizer" in zero else (masters + moments) // (world if stage >= 1 else 1),
         "momentum averages": 0 if "offload_optimizer" in zero else averages // (world if stage >= 1 else 1),
         "queues and other buffers": sum(each.numel() * each.element_size() for each in model.buffers()),
     }
 
 
-def activation_bytes(model: PretrainModel, batch: Batch) -> int:
-    """Bytes that autograd keeps for one micro-batch in fp32, measured on two samples and scaled up.
+def activation_bytes(model: PretrainModel, batch: Batch, samples: int) -> int:
+    """Bytes that autograd keeps for a micro-batch of `samples` in fp32, measured on two and scaled up.
 
     A 16-bit run keeps about half of it; activation checkpointing less.
     """
-    few = batch.first(PROBE)
+    few = batch.first(MEASURED)
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -106,7 +113,17 @@ def activation_bytes(model: PretrainModel, batch: Batch) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         made = model(few, Moment(step=1))
         model.total(made.losses, {})
-    return sum(kept.values()) * len(batch) // len(few)
+    return sum(kept.values()) * samples // len(few)
+
+
+def _tokens(batch: Batch) -> int:
+    return sum(int(text.mask.sum()) for text in batch.text.values())
+
+
+def _mean(model: PretrainModel, values: dict[str, int]) -> float:
+    """Of a figure by task, weighed by the tasks' shares."""
+    shares = {task: model.tasks[task].share for task in values}
+    return sum(shares[task] * value for task, value in values.items()) / sum(shares.values())
 
 
 def _count(module: nn.Module) -> int:
