@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick": quick_gelu,
     "tanh": partial(F.gelu, approximate="tanh"),
 }
-WORD_STD, POSITION_STD = 0.02, 0.01  # src/open_clip/model.py, init_parameters
+WORD_STD, POSITION_STD = 0.02, 0.01  # open_clip src/open_clip/model.py, init_parameters
 
 
 class TokensAndPositions(nn.Module):
@@ -48,7 +48,7 @@ def clip_blocks(number: int, width: int, heads: int, inner: int, gelu: str, eps:
 
 
 def init_text_blocks(width: int, layers: int) -> Callable[[nn.Module], None]:
-    """The text blocks' matrices (src/open_clip/model.py, init_parameters); biases stay. For `Module.apply`."""
+    """The text blocks' matrices (open_clip src/open_clip/model.py); biases stay. For `Module.apply`."""
     into_residual = width**-0.5 * (2 * layers) ** -0.5
 
     def init(module: nn.Module) -> None:
