@@ -256,7 +256,7 @@ def test_a_frozen_part_has_no_average(name: str) -> None:
 def kept_and_planned(name: str, precision: str) -> tuple[int, int]:
     """Bytes of weights and of averages beside them on this rank, and what `--dry_run` says of them."""
     options = replace(PLAIN, width=64)
-    planned = memory_plan(model_of(options), toy_twin.configuration(name, precision), distributed.world_size())
+    planned = memory_plan(model_of(options), toy_twin.configuration(name, precision), distributed.world_size(), OPTIM)
     engine = engine_of(options, name, precision)
     parts = [getattr(each, "ds_tensor", each) for each in engine.model.parameters()]
     weights = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}

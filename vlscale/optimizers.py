@@ -280,3 +280,4 @@ RULES: Mapping[str, Callable[[Move], None]] = {
     "lamb": _lamb,
     "sgd": _sgd,
 }
+MOMENTS: Mapping[str, int] = {rule: 1 if rule == "sgd" else 2 for rule in RULES}  # fp32 numbers kept for each weight
