@@ -19,10 +19,14 @@ def main(argv: list[str]) -> int:
     """Run it; returns the exit code."""
     parser = console.parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN|CHECKPOINT", help="a run folder, or one checkpoint")
-    parser.add_argument("--task", default="retrieval", help="default: %(default)s")
+    parser.add_argument(
+        "--task",
+        default=None,
+        help="retrieval or pretext; default: retrieval, or pretext of a family without embeddings",
+    )
     parser.add_argument("--data", nargs="+", default=None, metavar="SHARDS", help="globs; default: the run's data.val")
-    parser.add_argument("--batch", type=int, default=64, help="pictures per forward pass; default: %(default)s")
-    parser.add_argument("--limit", type=int, default=None, help="pictures at most; default: the run's evaluation.limit")
+    parser.add_argument("--batch", type=int, default=64, help="samples per forward pass; default: %(default)s")
+    parser.add_argument("--limit", type=int, default=None, help="samples at most; default: the run's evaluation.limit")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
     arguments = console.parse(parser, argv)
     console.no_overrides(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -178,13 +178,13 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
     """The training samples of this rank."""
     inputs = run.family.inputs
     if inputs.regions:
-        firsts = range(min(len(setting.train), 1))
-        preflight.check_regions(setting.train, firsts, inputs, model.fields())
+        for shards in (setting.train, setting.val):
+            preflight.check_regions(shards, range(min(len(shards), 1)), inputs, model.fields())
     loader = Loader(
         setting.train,
         setting.tokenizer,
         inputs,
-        plan(run, setting, model),
+        plan(run, setting.answers, model),
         batch=run.data.batch,
         micro_batch=setting.ds["train_micro_batch_size_per_gpu"],
         rank=distributed.rank(),
@@ -203,7 +203,7 @@ def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int)
     few = min(samples, setting.ds["train_micro_batch_size_per_gpu"])
 
     def first(task: str) -> Batch:
-        only = replace(plan(run, setting, model), tasks=TaskOrder({task: 1.0}, run.seed))
+        only = replace(plan(run, setting.answers, model), tasks=TaskOrder({task: 1.0}, run.seed))
         alone = {"batch": few, "micro_batch": few, "rank": 0, "world": 1, "workers": 0}
         loader = Loader(setting.train, setting.tokenizer, run.family.inputs, only, **alone)
         return next(iter(loader.steps(0, 1)))[1][0]
@@ -211,8 +211,11 @@ def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int)
     return {task: first(task) for task in model.tasks}
 
 
-def plan(run: RunConfig, setting: Setting, model: PretrainModel) -> Plan:
-    """What the loader makes of the samples: of each task, the views that its objectives read."""
+def plan(run: RunConfig, answers: Sequence[str], model: PretrainModel) -> Plan:
+    """What the loader makes of the samples: of each task, the views that its objectives read.
+
+    `answers` are those of questions, by number.
+    """
 
     def views(task: str) -> Views:
         wanted = {name: options for name, options in run.views.items() if name in model.views(task)}
@@ -223,7 +226,7 @@ def plan(run: RunConfig, setting: Setting, model: PretrainModel) -> Plan:
         tasks=TaskOrder({name: task.share for name, task in model.tasks.items()}, run.seed),
         seed=run.seed,
         max_words=run.text.kept_words,
-        answers={answer: number for number, answer in enumerate(setting.answers)},
+        answers={answer: number for number, answer in enumerate(answers)},
         fields=model.fields(),
     )
 

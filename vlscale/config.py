@@ -228,7 +228,7 @@ def pick(folder: str, name: str) -> types.ModuleType:
     """
     known = [path.stem for path in (HERE / folder).glob("*.py") if path.stem not in ("__init__", "base")]
     if name not in known:
-        kind = {"families": "family", "objectives": "objective"}.get(folder, folder)
+        kind = {"families": "family", "objectives": "objective", "evaluation": "task"}.get(folder, folder)
         raise ConfigError(f"no {kind} '{name}'{did_you_mean(str(name), known)}")
     return importlib.import_module(f"vlscale.{folder}.{name}")
 

@@ -11,49 +11,44 @@ import torch
 from safetensors.torch import load_file
 
 from vlscale import build, checkpoint, config, run_folder
-from vlscale.data.retrieval import retrieval_batches
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
-from vlscale.errors import CheckpointError, ConfigError, did_you_mean
-from vlscale.evaluation import retrieval
+from vlscale.errors import CheckpointError
+from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.model import PretrainModel
-
-TASKS = ("retrieval",)
 
 
 def evaluate(
-    path: str, task: str, data: Sequence[str] | None, batch: int = 64, limit: int | None = None
+    path: str, task: str | None, data: Sequence[str] | None, batch: int = 64, limit: int | None = None
 ) -> dict[str, Any]:
-    """The figures of one task on shards (`data`; None = the run's own validation shards).
+    """The figures of one task (None = the family's usual one) on shards (None = the run's own validation shards).
 
     Raises:
         ConfigError: no such task, or the model cannot do it.
         CheckpointError: there is no usable checkpoint at `path`.
         DataError: the shards are missing or unusable.
     """
-    if task not in TASKS:
-        raise ConfigError(f"no task '{task}'{did_you_mean(task, TASKS)}")
+    if task is not None:
+        config.pick("evaluation", task)  # a wrong name is said at once
     found = checkpoint.find(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data)) if data else build.open_shards(run)[1]
     tokenizer = Tokenizer(folder / build.TOKENIZER, run.family.inputs)
     model = load_model(found, run)
-    if "embed" not in model.family.offers:
-        raise ConfigError(f"family '{run.family_name}' gives no embeddings, so it cannot be asked for {task}")
+    answers = (folder / build.ANSWERS).read_text().splitlines() if (folder / build.ANSWERS).is_file() else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = retrieval_batches(
+    held = HeldOut(
+        model.to(device),
+        device,
         shards,
         tokenizer,
-        run.family.inputs,
+        build.plan(run, answers, model),
         batch=batch,
-        rank=0,
-        world=1,
-        max_words=run.text.kept_words,
         limit=limit or run.evaluation.limit,
     )
-    metrics: dict[str, Any] = dict(retrieval.evaluate(model.family.to(device), batches, device).metrics)
-    return {"step": found.step, **metrics}
+    measured: Found = config.pick("evaluation", task or usual_task(model.family)).measure(held)
+    return {"step": found.step, **measured.metrics}
 
 
 def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainModel:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale import checkpoint, distributed, ds_config, optim
+from vlscale import build, checkpoint, config, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data.loader import Loader
-from vlscale.data.retrieval import retrieval_batches
 from vlscale.engine import Engine, StepReport
-from vlscale.evaluation import retrieval
+from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
@@ -121,21 +120,19 @@ class Record:
         return {name: float(value) / distributed.world_size() for name, value in sums.items()}
 
     def evaluate(self, step: int) -> None:
-        """Retrieve among the validation pictures, where the family can."""
+        """Measure the model on the validation shards by its family's usual task."""
         self._evaluated = step
-        if "embed" not in self._model.family.offers:
-            return
-        batches = retrieval_batches(
-            self._setting.val,
-            self._setting.tokenizer,
-            self._run.family.inputs,
-            batch=self._setting.ds["train_micro_batch_size_per_gpu"],
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            max_words=self._run.text.kept_words,
+        setting = self._setting
+        held = HeldOut(
+            self._model,
+            setting.device,
+            setting.val,
+            setting.tokenizer,
+            build.plan(self._run, setting.answers, self._model),
+            batch=setting.ds["train_micro_batch_size_per_gpu"],
             limit=self._run.evaluation.limit,
         )
-        found = retrieval.evaluate(self._model.family, batches, self._setting.device, self._setting.tokenizer.decode)
+        found: Found = config.pick("evaluation", usual_task(self._model.family)).measure(held)
         self._monitor.scalars(step, found.metrics)
         self._monitor.pictures(step, found.examples)
         self._clock.skip()

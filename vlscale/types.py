@@ -122,6 +122,7 @@ class Loss(NamedTuple):
 
     value: Tensor  # [] fp32
     metrics: dict[str, Tensor]  # name -> detached scalar, averaged over micro-batches and ranks
+    labels: dict[str, Tensor] | None = None  # name of a share of right answers -> the right ones [N] int64
 
 
 @dataclass(frozen=True)

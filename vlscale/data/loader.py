@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -43,7 +43,7 @@ class Plan:
     fields: frozenset[str] = frozenset()  # of `Visual` that someone reads, beside features and boxes
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
     """A micro-batch and the samples skipped for it; or the sentence that ends the run."""
 
     batch: Batch | None
@@ -51,42 +51,61 @@ class _Loaded(NamedTuple):
     error: str = ""
 
 
-class _MicroBatches(Dataset[_Loaded]):
-    """Micro-batch number m of this rank, as a function of m alone."""
+class MicroBatches:
+    """Micro-batches of any positions."""
 
-    def __init__(self, assembler: Assembler, plan: Plan, place: _Place, num_samples: int, pad: int) -> None:
-        self.assembler = assembler
-        self.plan = plan
-        self.place = place
-        self.num_samples = num_samples
-        self.pad = pad
-        self.order = Order(num_samples, plan.seed)
+    def __init__(
+        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, order: Callable[[int], int]
+    ) -> None:
+        """`order` gives the number of the sample that stands at a position.
 
-    def __getitem__(self, number: int) -> _Loaded:
+        ConfigError if `keep_ratio` is asked of a family that reads squares.
+        """
+        check_shapes(plan.views, inputs)
+        asks = any(views.answers for views in plan.views.values())
+        texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
+        self._assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields)
+        self._plan = plan
+        self._order = order
+        self._num_samples = len(shards)
+        self._pad = tokenizer.pad
+
+    def __call__(self, positions: range, task: str) -> Loaded:
         """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
         bad: list[Bad] = []
-        draws = Draws(self.plan.seed)
-        start = self.place(number)
-        task = self.plan.tasks(number // self.place.per_step + 1)
-        views = self.plan.views[task]
+        draws = Draws(self._plan.seed)
+        views = self._plan.views[task]
         try:
-            positions = range(start, start + self.place.micro_batch)
-            samples = [self.sample(position, views, draws, bad) for position in positions]
-            batch = collate(samples, self.pad, task, "targets" in self.plan.fields, views.keep_ratio())
-            return _Loaded(batch, tuple(bad))
+            samples = [self._sample(position, views, draws, bad) for position in positions]
+            batch = collate(samples, self._pad, task, "targets" in self._plan.fields, views.keep_ratio())
+            return Loaded(batch, tuple(bad))
         except DataError as error:
-            return _Loaded(None, tuple(bad), str(error))
+            return Loaded(None, tuple(bad), str(error))
 
-    def sample(self, position: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
+    def _sample(self, position: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
         """The sample at `position`, or the next one that can be used, with the position's draws."""
-        _, index = self.order(position)
+        index = self._order(position)
         for i in range(index, index + MAX_BROKEN_IN_A_ROW):
             try:
-                return self.assembler(i % self.num_samples, views, partial(draws, position))
+                return self._assembler(i % self._num_samples, views, partial(draws, position))
             except BrokenSampleError as error:
                 bad.append(Bad(str(error.shard), error.key, error.reason))
                 last = error
         raise DataError(f"{MAX_BROKEN_IN_A_ROW} samples in a row cannot be used; the last one: {last}")
+
+
+class _Numbered(Dataset[Loaded]):
+    """Micro-batch number m of this rank, as a function of m alone."""
+
+    def __init__(self, make: MicroBatches, tasks: TaskOrder, place: _Place) -> None:
+        self.make = make
+        self.tasks = tasks
+        self.place = place
+
+    def __getitem__(self, number: int) -> Loaded:
+        start = self.place(number)
+        positions = range(start, start + self.place.micro_batch)
+        return self.make(positions, self.tasks(number // self.place.per_step + 1))
 
 
 class _Place:
@@ -127,12 +146,9 @@ class Loader:
         samples.
         """
         check_batch(batch, micro_batch, world)
-        check_shapes(plan.views, inputs)
         self._place = _Place(batch, micro_batch, rank, world)
-        asks = any(views.answers for views in plan.views.values())
-        texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
-        assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields)
-        self._batches = _MicroBatches(assembler, plan, self._place, len(shards), tokenizer.pad)
+        make = MicroBatches(shards, tokenizer, inputs, plan, Order(len(shards), plan.seed).index)
+        self._batches = _Numbered(make, plan.tasks, self._place)
         self._seed = plan.seed
         self._workers = workers
         self._fingerprint = shards.fingerprint()
@@ -158,7 +174,7 @@ class Loader:
         finally:
             ahead.close()
 
-    def _load(self, numbers: range) -> Iterable[_Loaded]:
+    def _load(self, numbers: range) -> Iterable[Loaded]:
         if not self._workers:
             _one_thread()
             return map(self._batches.__getitem__, numbers)
@@ -176,7 +192,7 @@ class Loader:
             multiprocessing_context=workers,
         )
 
-    def _account(self, loaded: _Loaded) -> Batch:
+    def _account(self, loaded: Loaded) -> Batch:
         self.bad_samples += len(loaded.bad)
         self.bad.extend(bad for bad in dict.fromkeys(loaded.bad) if bad not in self.bad)
         if loaded.batch is None:
@@ -245,21 +261,21 @@ def _one_thread() -> None:
     cv2.setNumThreads(0)
 
 
-def _pinned(loaded: _Loaded) -> _Loaded:
+def _pinned(loaded: Loaded) -> Loaded:
     """The same in page-locked memory, from which copies to the device run asynchronously."""
     return loaded if loaded.batch is None else loaded._replace(batch=loaded.batch.each(Tensor.pin_memory))
 
 
-class _Ahead(Iterator[_Loaded]):
+class _Ahead(Iterator[Loaded]):
     """The items of `source`, made by a thread that works up to `depth` items ahead until `close`."""
 
-    def __init__(self, source: Iterator[_Loaded], depth: int, pin: bool) -> None:
-        self._made: queue.Queue[_Loaded | BaseException] = queue.Queue(depth)
+    def __init__(self, source: Iterator[Loaded], depth: int, pin: bool) -> None:
+        self._made: queue.Queue[Loaded | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(source, pin), name="loader", daemon=True)
         self._thread.start()
 
-    def _work(self, source: Iterator[_Loaded], pin: bool) -> None:
+    def _work(self, source: Iterator[Loaded], pin: bool) -> None:
         try:
             for item in source:
                 self._put(_pinned(item) if pin else item)
@@ -269,14 +285,14 @@ class _Ahead(Iterator[_Loaded]):
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: _Loaded | BaseException) -> None:
+    def _put(self, item: Loaded | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 return self._made.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def __next__(self) -> _Loaded:
+    def __next__(self) -> Loaded:
         item = self._made.get()
         if isinstance(item, BaseException):
             raise item

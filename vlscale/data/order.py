@@ -35,6 +35,10 @@ class Order:
             self._current = (epoch, permutation)
         return epoch, int(permutation[place])
 
+    def index(self, position: int) -> int:
+        """The sample at `position`, without its epoch."""
+        return self(position)[1]
+
 
 class TaskOrder:
     """Which task a step trains, drawn by shares from (seed, step): the same everywhere without a message."""

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlscale import distributed
+from vlscale.data.retrieval import retrieval_batches
 from vlscale.errors import ConfigError, DataError
+from vlscale.evaluation.base import Example, Found, HeldOut, evaluating
 from vlscale.types import Text, Visual
 
 if TYPE_CHECKING:
@@ -51,21 +53,6 @@ class RetrievalBatch(Protocol):
         ...
 
 
-class Example(NamedTuple):
-    """A picture, one of its captions, and the picture's place when the caption asks for it."""
-
-    picture: Tensor  # [3, H, W], as the family was given it
-    caption: str
-    rank: int
-
-
-class Retrieval(NamedTuple):
-    """What an evaluation found, the same on every rank but for `examples`, which rank 0 has."""
-
-    metrics: dict[str, float]
-    examples: list[Example]
-
-
 class Features(NamedTuple):
     """Embeddings from all ranks."""
 
@@ -75,12 +62,27 @@ class Features(NamedTuple):
     owner: Tensor  # [C] int64, number of the picture
 
 
+def measure(held: HeldOut) -> Found:
+    """Retrieve among the first pictures of the shards; see `evaluate`."""
+    batches = retrieval_batches(
+        held.shards,
+        held.tokenizer,
+        held.model.family.inputs,
+        batch=held.batch,
+        rank=distributed.rank(),
+        world=distributed.world_size(),
+        max_words=held.plan.max_words,
+        limit=held.limit,
+    )
+    return evaluate(held.model.family, batches, held.device, held.tokenizer.decode)
+
+
 def evaluate(
     family: Family,
     batches: Iterable[RetrievalBatch],
     device: torch.device,
     decode: Callable[[Sequence[int]], str] | None = None,
-) -> Retrieval:
+) -> Found:
     """Retrieve among the pictures of all ranks; every rank calls this with its own part of them.
 
     Ranks may have different numbers of batches: all call the family equally often, as ZeRO-3 needs.
@@ -91,14 +93,12 @@ def evaluate(
         DataError: there is no picture, or no caption.
     """
     if "embed" not in family.offers:
-        raise ConfigError(f"retrieval needs embeddings, which family '{type(family).__name__}' does not offer")
-    modes = {module: module.training for module in family.modules()}
-    family.eval()
-    try:
-        with torch.no_grad():
-            return _evaluate(family, batches, device, decode)
-    finally:
-        _restore(modes)
+        raise ConfigError(
+            f"retrieval needs embeddings, which family '{type(family).__name__}' does not offer; "
+            "the task pretext measures any family by its own objectives"
+        )
+    with evaluating(family, device):
+        return _evaluate(family, batches, device, decode)
 
 
 def ranks(features: Features) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def _evaluate(
     batches: Iterable[RetrievalBatch],
     device: torch.device,
     decode: Callable[[Sequence[int]], str] | None,
-) -> Retrieval:
+) -> Found:
     visual, text, index, owner = [], [], [], []
     first: RetrievalBatch | None = None
     for batch, counts in _in_step(batches):
@@ -153,7 +153,7 @@ def _evaluate(
         "chance_r1": 1 / len(features.picture),
     }
     examples = _examples(first, features.owner, text_to_image, decode) if distributed.rank() == 0 else []
-    return Retrieval({PREFIX + name: value for name, value in metrics.items()}, examples)
+    return Found({PREFIX + name: value for name, value in metrics.items()}, examples)
 
 
 def _in_step(batches: Iterable[RetrievalBatch]) -> Iterator[tuple[RetrievalBatch, bool]]:
@@ -232,8 +232,3 @@ def _examples(
 def _on(fields: Any, device: torch.device) -> Any:
     """The same NamedTuple of tensors on `device`."""
     return type(fields)(*(each.to(device) if isinstance(each, Tensor) else each for each in fields))
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

@@ -46,7 +46,8 @@ class Answer(Objective):
         logits = self.logits(enc.fused(self.config.text, self.config.visual), asked)
         pairs = max(len(answers), 1)
         right = (logits.detach().argmax(dim=1) == answers).sum() / pairs
-        return Loss(F.cross_entropy(logits, answers, reduction="sum") / pairs, {"answer/accuracy": right})
+        loss = F.cross_entropy(logits, answers, reduction="sum") / pairs
+        return Loss(loss, {"answer/accuracy": right}, {"answer/accuracy": answers})
 
     def logits(self, fused: Fused, asked: Tensor) -> Tensor:
         """[N, answers] fp32 of the pairs where `asked` [B]."""

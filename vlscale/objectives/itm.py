@@ -90,9 +90,9 @@ class Itm(Objective):
 
     def _loss(self, pooled: Tensor, labels: Tensor) -> Loss:
         """Of pairs [N, D] and whether they match [N] bool."""
-        logits = self.logits(pooled)
-        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return Loss(F.cross_entropy(logits, labels.long()), {"itm/accuracy": accuracy})
+        logits, classes = self.logits(pooled), labels.long()
+        accuracy = (logits.detach().argmax(dim=1) == classes).float().mean()
+        return Loss(F.cross_entropy(logits, classes), {"itm/accuracy": accuracy}, {"itm/accuracy": classes})
 
     def logits(self, pooled: Tensor) -> Tensor:
         """[N, D] -> [N, 2] fp32; column 1 = match."""

@@ -72,15 +72,21 @@ class MaskedObject(Objective):
         made = self.head(states[real], hidden)
         regions = max(len(hidden), 1)
         terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        labels: dict[str, Tensor] = {}
         for part, out in made.items():
             if part == "features":
                 terms[part] = feature_terms(out, visual, real).sum()
             else:
                 told = label_terms(out, visual, real, part)
                 terms[part] = (told * hidden if self.config.labelled == "hidden" else told).sum()
+                name = f"masked_object/{part}_accuracy"  # of what is hidden
+                labels[name] = detected(visual, part)[0][real][hidden]
+                right = out.detach()[hidden].argmax(dim=1) == labels[name]
+                metrics[name] = right.sum() / max(len(right), 1)
         values = {part: self.config.scale * term / regions for part, term in terms.items()}
-        metrics = {f"masked_object/{part}": value.detach() for part, value in values.items()}
-        return Loss(torch.stack(list(values.values())).sum(), metrics)
+        metrics |= {f"masked_object/{part}": value.detach() for part, value in values.items()}
+        return Loss(torch.stack(list(values.values())).sum(), metrics, labels)
 
     def count(self, batch: Batch) -> Tensor | None:
         """[] int64 real regions; None with `scope: rank`."""
@@ -130,12 +136,18 @@ class ObjectHead(nn.Module):
 
 def label_terms(logits: Tensor, visual: Visual, real: Tensor, part: str) -> Tensor:
     """Cross-entropy times the detector's confidence, [M], of the regions where `real` [B, R]."""
+    labels, confidence = detected(visual, part)
+    return F.cross_entropy(logits, labels[real], reduction="none") * confidence[real].float()
+
+
+def detected(visual: Visual, part: str) -> tuple[Tensor, Tensor]:
+    """The detector's best `objects` or `attributes` [B, R] int64, and how sure it is of them [B, R]."""
     objects = part == "objects"
     labels = visual.classes if objects else visual.attributes
     confidence = visual.class_confidence if objects else visual.attribute_confidence
     assert labels is not None, f"the view carries the detector's {part}"
     assert confidence is not None, f"the view carries how sure the detector is of its {part}"
-    return F.cross_entropy(logits, labels[real], reduction="none") * confidence[real].float()
+    return labels, confidence
 
 
 def feature_terms(features: Tensor, visual: Visual, real: Tensor) -> Tensor:

@@ -66,8 +66,9 @@ class Mlm(Objective):
             "mlm/hard": hard.detach(),
             "mlm/accuracy": (logits.detach().argmax(dim=1) == words).sum() / terms,
         }
+        told = {"mlm/accuracy": words}
         if self.head_twin is None:
-            return Loss(hard, metrics)
+            return Loss(hard, metrics, told)
         log_words = F.log_softmax(logits, dim=1)
         if self.config.legacy_token_axis:
             every = self.head(hidden, enc.family.word_embedding.weight).float()  # [B, L, V]
@@ -75,7 +76,7 @@ class Mlm(Objective):
         soft = -(log_words * self._soft_labels(enc, picked)).sum() / terms
         metrics["mlm/soft"] = soft.detach()
         share = softening(enc.step, self.config.soften, self.config.soften_warmup)
-        return Loss((1 - share) * hard + share * soft, metrics)
+        return Loss((1 - share) * hard + share * soft, metrics, told)
 
     def count(self, batch: Batch) -> Tensor | None:
         """[] int64 labelled tokens; None with `scope: rank`."""

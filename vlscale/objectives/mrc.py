@@ -46,7 +46,8 @@ class Mrc(Objective):
         logits = self.logits(enc, picked)
         regions = max(len(labels), 1)
         right = (logits.detach().argmax(dim=1) == labels).sum() / regions
-        return Loss(F.cross_entropy(logits, labels, reduction="sum") / regions, {"mrc/accuracy": right})
+        loss = F.cross_entropy(logits, labels, reduction="sum") / regions
+        return Loss(loss, {"mrc/accuracy": right}, {"mrc/accuracy": labels})
 
     def labels(self, batch: Batch, picked: Tensor) -> Tensor:
         """[M] int64 of the regions where `picked` [B, R]."""

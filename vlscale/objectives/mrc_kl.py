@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,10 +49,10 @@ class MrcKl(Objective):
         logits = self.logits(enc, picked)
         terms = F.kl_div(F.log_softmax(logits, dim=1), targets, reduction="sum")
         regions = max(len(targets), 1)
-        with torch.no_grad():
-            agreed = (logits.argmax(dim=1) == targets.argmax(dim=1)).sum() / regions
+        best = targets.argmax(dim=1)  # [M] the detector's
+        agreed = (logits.detach().argmax(dim=1) == best).sum() / regions
         number = regions * self.head.out if self.config.reduction == "elements" else regions
-        return Loss(terms / number, {"mrc_kl/accuracy": agreed})
+        return Loss(terms / number, {"mrc_kl/accuracy": agreed}, {"mrc_kl/accuracy": best})
 
     def logits(self, enc: EncodingsLike, picked: Tensor) -> Tensor:
         """[M, classes] fp32 of the regions where `picked` [B, R]."""

@@ -73,8 +73,10 @@ class MrmNce(Objective):
         logits = self.logits(enc, batch, shared)
         terms = max(len(logits), 1)
         found = (logits.detach()[:, 1:].amax(dim=1) < logits.detach()[:, 0]).sum() / terms
+        chance = (1 / (logits.detach() != NEVER).sum(dim=1)).sum() / terms
         labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        return Loss(F.cross_entropy(logits, labels, reduction="sum") / terms, {"mrm_nce/accuracy": found})
+        loss = F.cross_entropy(logits, labels, reduction="sum") / terms
+        return Loss(loss, {"mrm_nce/accuracy": found, "mrm_nce/chance": chance})
 
     def logits(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Tensor:
         """[M, 1 + across + inside] fp32, the own feature first, `NEVER` where there is none to draw."""

@@ -55,7 +55,7 @@ class Mvm(Objective):
         if shared:  # the mean of this over micro-batches and ranks is the mean over the step's cells
             terms = shared[0].sum().clamp(min=1) * (len(codes) / len(shared[0]))
         loss = F.cross_entropy(logits, labels, reduction="sum") / terms
-        return Loss(loss, {"mvm/accuracy": right})
+        return Loss(loss, {"mvm/accuracy": right}, {"mvm/accuracy": labels})
 
     def logits(self, enc: EncodingsLike, hidden: Tensor) -> Tensor:
         """[M, K] fp32 cosines of the states where `hidden` [B, R] with the dictionary's entries."""

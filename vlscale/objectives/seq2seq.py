@@ -56,7 +56,7 @@ class Seq2Seq(Objective):
         terms = F.cross_entropy(logits, words, reduction="none")
         right = (logits.detach().argmax(dim=1) == words).sum() / max(len(words), 1)
         value = self._mean(terms, picked) if self.config.drop_worst else terms.sum() / max(len(words), 1)
-        return Loss(value, {"seq2seq/accuracy": right})
+        return Loss(value, {"seq2seq/accuracy": right}, {"seq2seq/accuracy": words})
 
     def _mean(self, terms: Tensor, picked: Tensor) -> Tensor:
         """Of terms [M] over the samples with the smallest sums; `picked` [B, L] says whose they are."""

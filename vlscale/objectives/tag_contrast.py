@@ -50,8 +50,9 @@ class TagContrast(Objective):
         pooled = enc.fused(self.config.text, self.config.visual).pooled
         assert pooled is not None, "a family that offers `fuse` fills Fused.pooled"
         logits, labels = self.logits(pooled), self.labels(batch)
-        right = (logits.detach().argmax(dim=1) == labels).float()
-        return Loss(F.cross_entropy(logits, labels), {"tag_contrast/accuracy": right.mean()})
+        right = (logits.detach().argmax(dim=1) == labels).float().mean()
+        metrics, told = {"tag_contrast/accuracy": right}, {"tag_contrast/accuracy": labels}
+        return Loss(F.cross_entropy(logits, labels), metrics, told)
 
     def logits(self, pooled: Tensor) -> Tensor:
         """[B, D] -> [B, classes] fp32."""

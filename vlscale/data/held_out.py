@@ -1,0 +1,64 @@
+"""Samples that a run is measured on: the first of a data set, in its order, always drawn alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.shards import Shards
+from vlscale.data.text import Tokenizer
+from vlscale.errors import DataError
+from vlscale.types import Batch, Inputs
+
+SEED = 0  # of all draws, so that every evaluation of every run hides the same words of the same captions
+FIRST_ID = 1 << 40  # pair ids begin here: none is that of a training sample, whose key may be in a queue
+
+
+class HeldOutBatches:
+    """Micro-batches of the first `limit` samples (0 = all), the same number on every rank, of the same sizes.
+
+    Round n has the samples [n * batch * world, (n + 1) * batch * world), rank by rank, and sample i has the draws of
+    position i: with as many samples in a round, ranks change nothing. The samples of the last round are shared
+    out evenly; those left over are not used, nor is a round of one sample per rank where `batch` is larger, for
+    some objectives look at other samples.
+    """
+
+    def __init__(
+        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, *, batch: int, limit: int = 0
+    ) -> None:
+        """`batch` counts the samples of a rank at a time, `plan` says what is made of them."""
+        self._make = MicroBatches(shards, tokenizer, inputs, replace(plan, seed=SEED), _in_order)
+        self._batch = batch
+        self._number = min(limit or len(shards), len(shards))
+
+    def __call__(self, task: str, rank: int, world: int) -> Iterator[Batch]:
+        """The micro-batches of one rank for one task.
+
+        Raises:
+            DataError: there are too few samples, or they cannot be used.
+        """
+        rounds = sizes(self._number // world, self._batch)
+        if not rounds:
+            raise DataError(
+                f"{self._number} validation samples are too few for {world} rank(s) and micro-batches of "
+                f"{self._batch}; name more shards under data.val, or raise evaluation.limit"
+            )
+        start = 0
+        for size in rounds:
+            first = start + rank * size
+            loaded = self._make(range(first, first + size), task)
+            if loaded.batch is None:
+                raise DataError(loaded.error)
+            yield replace(loaded.batch, pair_id=loaded.batch.pair_id + FIRST_ID)
+            start += size * world
+
+
+def sizes(number: int, batch: int) -> list[int]:
+    """Of the micro-batches of a rank with so many samples."""
+    whole, rest = divmod(number, batch)
+    return [batch] * whole + ([rest] if rest > 1 else [])
+
+
+def _in_order(position: int) -> int:
+    return position
