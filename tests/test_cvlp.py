@@ -83,6 +83,15 @@ def test_every_layer_of_the_twin_can_be_dropped_and_none_of_the_query_network() 
     assert len(drawn) > 20  # layers and kinds of layers do not hang together
 
 
+def test_with_every_2_the_second_layer_alone_may_be_dropped() -> None:
+    model = model_of()
+    drawn = set()
+    for step in range(40):
+        momentum.drop_layers(model.twin, 0.5, seed=3, step=step, every=2)  # type: ignore[arg-type]
+        drawn |= {stack.kept for stack in stacks(model.twin).values()}
+    assert drawn == {(True, True), (True, False)}
+
+
 def test_a_network_without_layers_is_its_embeddings() -> None:
     model = model_of()
     before = encodings(model).momentum.fused("masked", "clean")

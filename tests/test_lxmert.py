@@ -233,6 +233,16 @@ def test_start() -> None:
     assert not state["cross_stack.blocks.0.cross_attention.output.bias"].any()
 
 
+def test_the_scale_of_the_start() -> None:
+    made = []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        made.append(lxmert.build(replace(lxmert.tiny(), init_scale=scale)).state_dict())
+    scaled = {name for name, tensor in made[0].items() if not torch.equal(tensor, made[1][name])}
+    assert scaled == {name for name, tensor in made[0].items() if tensor.ndim == 2 and "embeddings" not in name}
+    assert all(torch.equal(4 * made[0][name], made[1][name]) for name in scaled)
+
+
 def test_dropout_everywhere_the_authors_have_it() -> None:
     family = miniature()
     numbers = [module.p for module in family.modules() if isinstance(module, nn.Dropout)]

@@ -79,9 +79,10 @@ def padded(size: int = SAMPLES) -> Tensor:
     return torch.arange(REGIONS) < torch.tensor([5, 3, 4, 2])[torch.arange(size) % 4, None]
 
 
-def states(network: Any, batch: Batch, view: str) -> Tensor:
+def states(network: Any, batch: Batch, view: str, unit: bool = True) -> Tensor:
     made = network.fuse(network.encode_text(batch.text["masked"]), network.encode_visual(batch.visual[view])).visual
-    return F.normalize(made.flatten(0, 1), dim=1)
+    rows: Tensor = made.flatten(0, 1)
+    return F.normalize(rows, dim=1) if unit else rows
 
 
 @pytest.mark.parametrize("mask", [None, padded()])
@@ -102,6 +103,26 @@ def test_by_hand(regions: str, mask: Tensor | None) -> None:
     weight: Any = model.family.linear.weight  # type: ignore[union-attr]
     given = torch.autograd.grad(loss.value, weight)
     torch.testing.assert_close(given, torch.autograd.grad(want, weight))
+
+
+def test_a_head_stands_before_the_contrast_and_the_twin_has_its_own() -> None:
+    model, batch = model_of(embed=3, queue_start="random", temperature=0.2), batch_of()
+    head, twin = model.objectives["region_nce"].head, model.objectives["region_nce"].head_twin
+    assert (head, twin) in model.objectives["region_nce"].twins()
+    with torch.no_grad():
+        for parameter in [*head.parameters(), *twin.parameters()]:
+            parameter.normal_(std=0.5)
+    (queries, keys) = (
+        F.normalize(made(states(network, batch, view, unit=False)), dim=1)
+        for network, made, view in ((model.family, head, "masked"), (model.twin, twin, "clean"))
+    )
+    logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ model.key_queues()["regions"].keys.T], 1) / 0.2
+    made = model(batch, Moment(1))
+    want = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+    torch.testing.assert_close(made.losses["region_nce"].value, want)
+    torch.testing.assert_close(made.keys["regions"].keys, keys.detach())
+    moved = {id(twin) for _, twin in model.momentum_pairs()}
+    assert all(id(parameter) in moved and not parameter.requires_grad for parameter in twin.parameters())
 
 
 def test_an_empty_queue_gives_exactly_zero() -> None:
@@ -156,11 +177,15 @@ def random_model() -> PretrainModel:
     return model_of(queue_start="random", regions="masked")
 
 
+def model_with_head() -> PretrainModel:
+    return model_of(queue_start="random", embed=4)
+
+
 def sharded_model() -> PretrainModel:
     return model_of(queue_start="random", queue_store="sharded", queue=28)
 
 
-@pytest.mark.parametrize("make", [random_model, sharded_model])
+@pytest.mark.parametrize("make", [random_model, sharded_model, model_with_head])
 @pytest.mark.parametrize(("world", "number"), [(1, 2), (2, 1), (2, 2)])
 def test_a_step_in_parts_equals_one_batch(world: int, number: int, make: Any) -> None:
     check_whole(make, batch_of(8, padded(8)), world, number)

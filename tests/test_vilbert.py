@@ -78,6 +78,17 @@ def test_published_size() -> None:
     assert numbers(family.text_pooler) + numbers(family.visual_pooler) == (768 + 1024) * 1024 + 2 * 1024
 
 
+def test_the_scale_of_the_start() -> None:
+    made = []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        made.append(vilbert.build(replace(vilbert.tiny(), init_scale=scale)).state_dict())
+    scaled = {name for name, tensor in made[0].items() if not torch.equal(tensor, made[1][name])}
+    matrices = {name for name, tensor in made[0].items() if tensor.ndim == 2 and "embeddings" not in name}
+    assert scaled == matrices
+    assert all(torch.equal(4 * made[0][name], made[1][name]) for name in scaled)
+
+
 def test_streams() -> None:
     family, batch = family_of(), batch_of()
     text, visual = family.encode_text(batch.text["clean"]), family.encode_visual(batch.visual["clean"])

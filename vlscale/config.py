@@ -74,6 +74,7 @@ class MomentumConfig:
     coefficient: float = 0.995
     schedule: Literal["constant", "cosine"] = "constant"
     drop_layers: float = 0.0  # chance that a layer of the twin is skipped in a step (CVLP: 0.5)
+    drop_every: Literal[1, 2] = 1  # which layers may be: each of a stack, or the second, fourth, ... (CVLP's code)
     buffers: Literal["copied", "own"] = "copied"  # the twin's BatchNorm statistics: the online ones, or its own (MoCo)
 
 

@@ -98,7 +98,7 @@ def one_step(
     """Forward, backward, update, and the moves that follow the update; nothing is said or saved."""
     seed_step(run.seed, step)
     if model.twin is not None and run.momentum.drop_layers > 0:
-        momentum.drop_layers(model.twin, run.momentum.drop_layers, run.seed, step)
+        momentum.drop_layers(model.twin, run.momentum.drop_layers, run.seed, step, run.momentum.drop_every)
     task = micro_batches[0].task
     plans.check(step, step_plan(model, task, micro_batches))
     batches = [batch.to(machine.device) for batch in micro_batches]

@@ -1,8 +1,8 @@
 """CVLP (Shi et al. 2020, arXiv 2007.13135): LXMERT's network twice, a query network and its momentum twin, whose
 layers are dropped at random. How they differ is for `region_nce` and the twin's settings (`drop_layers`) to say.
 
-The authors' code could not be had: the names below are LXMERT's under `query.` and `key.`, as in the stored tensors
-of an independent implementation.
+The authors' code is gao-peng-cuhk/CVLP- (at 5851373); none of their weights can be had. The names below are LXMERT's
+under `query.` and `key.`, as in the stored tensors of an independent implementation of the paper.
 """
 
 from __future__ import annotations

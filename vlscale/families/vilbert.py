@@ -18,7 +18,7 @@ from vlscale.families.base import Family, Rename, Renames, bert_sizes
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.coattention import CoattentionBlock, Sections
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 BOXES = 5  # x1 / W, y1 / H, x2 / W, y2 / H, share of the picture's area
@@ -47,6 +47,7 @@ class Config:
     visual_coattention: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # v_biattention_id
     fusion: Literal["product", "sum"] = "product"  # fusion_method: mul
     dropout: float = 0.1  # hidden, attention and pooled, of both streams
+    init_scale: float = 1.0  # on the layers' and poolers' start of 0.02, which was chosen for width 768
     text_length: int = 36  # train_concap.py: max_seq_length, special tokens counted
     regions: int = 36  # section 3.1: 10 to 36 boxes; concept_cap_dataset.py: region_len
     feats: int = 2048  # v_feature_size
@@ -86,6 +87,9 @@ class Vilbert(Family):
         self.visual_coattention_stack = Sections(_halves(c, c.visual_width, c.hidden, c.visual_intermediate))
         self.text_pooler = Pooler(c.hidden, c.coattention_width)
         self.visual_pooler = Pooler(c.visual_width, c.coattention_width)
+        for part in self.children():
+            if isinstance(part, Stack | Pooler):
+                scale_matrices(part, c.init_scale)
         self.dropout = nn.Dropout(c.dropout)
         self.dims = Dims(
             text=c.hidden,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlscale.nn.attention import Attention, attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, real
-from vlscale.nn.transformer import PostNormBlock, Stack
+from vlscale.nn.transformer import PostNormBlock, Stack, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 
@@ -26,6 +27,7 @@ class Sizes:
     max_positions: int = 512
     segments: int = 2
     dropout: float = 0.1  # hidden and attention
+    init_scale: float = 1.0  # on the layers' and pooler's start of 0.02, which was chosen for width 768
     text_layers: int = 9  # run/lxmert_pretrain.bash: --llayers, --rlayers, --xlayers
     visual_layers: int = 5
     cross_layers: int = 5
@@ -98,6 +100,27 @@ class CrossBlock(nn.Module):
         return torch.cat([self.text(words, text_mask), self.visual(regions, visual_mask)], dim=1)
 
 
+class WideHead(nn.Module):
+    """Linear to twice the width, GELU, LayerNorm, linear: to LXMERT's answers, and to what CVLP's code contrasts
+    (src/lxrt/modeling.py of both)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width, NORM_EPS)
+        self.decoder = nn.Linear(2 * width, out)
+        self.apply(init_normal)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., out]."""
+        out: Tensor = self.decoder(self.norm(F.gelu(self.dense(states))))
+        return out
+
+    def flops(self, rows: int) -> int:
+        """FLOPs of one forward pass over so many states."""
+        return 2 * rows * self.dense.out_features * (self.dense.in_features + self.decoder.out_features)
+
+
 class TwoStreams(nn.Module):
     """What a family of this network inherits beside `Family`: all but `fuse`, which it makes of `exchange`.
 
@@ -116,6 +139,8 @@ class TwoStreams(nn.Module):
         crossing = (CrossBlock(c.hidden, c.heads, c.intermediate, c.dropout) for _ in range(c.cross_layers))
         self.cross_stack = Stack(crossing)
         self.pooler = Pooler(c.hidden)
+        for part in (self.text_stack, self.visual_stack, self.cross_stack, self.pooler):
+            scale_matrices(part, c.init_scale)
         self.dims = Dims(c.hidden, c.hidden, c.hidden, vocab=c.vocab, feats=c.feats, classes=c.classes)
         self.inputs = c.inputs
 

@@ -47,13 +47,15 @@ def softening(step: int, share: float, warmup: int) -> float:
     return share * min(1.0, (step - 1) / warmup) if warmup > 0 else share
 
 
-def drop_layers(model: nn.Module, probability: float, seed: int, step: int) -> None:
+def drop_layers(model: nn.Module, probability: float, seed: int, step: int, every: int = 1) -> None:
     """Skip each layer of every `Stack` of `model` in this step, independently with `probability`.
 
     CVLP drops the layers of its key network with 0.5, so that the keys of one picture differ (arXiv
-    2007.13135). The draw depends on (seed, step) alone: every rank skips the same layers, as ZeRO 3 needs.
+    2007.13135); its code skips each second layer at most, which is `every` 2. The draw depends on (seed, step) alone:
+    every rank skips the same layers, as ZeRO 3 needs.
     """
     draw = random.Random(f"{seed} {step}")
     for module in model.modules():
         if isinstance(module, Stack):
-            module.kept = tuple(draw.random() >= probability for _ in module.blocks)
+            places = range(1, 1 + len(module.blocks))
+            module.kept = tuple(place % every > 0 or draw.random() >= probability for place in places)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from vlscale.nn.bert import NORM_EPS, init_normal
+from vlscale.nn.lxmert import WideHead
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
 from vlscale.types import IGNORE, Batch, Fused, Loss
 
@@ -36,7 +36,7 @@ class Answer(Objective):
         self.config = config
         self.weight = config.weight
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}", "pairs.answers"})
-        self.head = AnswerHead(family.dims.pooled or family.dims.fused, config.answers)
+        self.head = WideHead(family.dims.pooled or family.dims.fused, config.answers)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """Cross-entropy, mean over pairs with an answer, [] fp32; 0 if there is none."""
@@ -67,26 +67,6 @@ class Answer(Objective):
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """The head on pairs with an answer."""
         return self.head.flops(int((_labels(batch) != IGNORE).sum())), 0
-
-
-class AnswerHead(nn.Module):
-    """Linear to twice the width, GELU, LayerNorm, linear to the answers (src/lxrt/modeling.py)."""
-
-    def __init__(self, width: int, answers: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, 2 * width)
-        self.norm = nn.LayerNorm(2 * width, NORM_EPS)
-        self.decoder = nn.Linear(2 * width, answers)
-        self.apply(init_normal)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[N, D] -> [N, answers]."""
-        out: Tensor = self.decoder(self.norm(F.gelu(self.dense(pooled))))
-        return out
-
-    def flops(self, pairs: int) -> int:
-        """FLOPs of one forward pass over so many pairs."""
-        return 2 * pairs * self.dense.out_features * (self.dense.in_features + self.decoder.out_features)
 
 
 def _labels(batch: Batch) -> Tensor:

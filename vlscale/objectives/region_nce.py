@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
+from vlscale.nn.lxmert import WideHead
 from vlscale.nn.queue import QueueOptions
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective
 from vlscale.types import Batch, Keys, Loss, Visual, lengthened
@@ -19,7 +21,7 @@ from vlscale.types import Batch, Keys, Loss, Visual, lengthened
 @dataclass(frozen=True)
 class Config(QueueOptions):
     """Options. Queue length, temperature and which regions count are not in the paper; the defaults are MoCo's and
-    all regions."""
+    all regions. The authors' code (gao-peng-cuhk/CVLP-) has a queue of 30 batches, 0.07, all regions, and a head."""
 
     queue_start: Literal["random", "empty"] = "empty"  # as the paper says
     weight: float = 1.0
@@ -28,6 +30,7 @@ class Config(QueueOptions):
     momentum_visual: str = "clean"  # view that the twin sees: no region hidden
     temperature: float = 0.07  # fixed, as in MoCo
     regions: Literal["all", "masked"] = "all"  # which regions ask for their key
+    embed: int = 0  # width that a head maps states to before they meet; 0 = no head (the paper tells of none)
 
 
 class RegionNce(Objective):
@@ -47,7 +50,9 @@ class RegionNce(Objective):
             raise ConfigError("objectives.region_nce has queue=0, so nothing to contrast with; give a queue")
         self.config = config
         self.weight = config.weight
-        self.width = family.dims.visual
+        self.width = config.embed or family.dims.visual
+        self.head = WideHead(family.dims.visual, config.embed) if config.embed else None
+        self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.head is not None else None
         self.regions = family.inputs.regions  # of every picture: as many rows on each rank
         views = {f"visual.{config.visual}", f"visual.{config.momentum_visual}"}
         self.views = frozenset({f"text.{config.text}", *views})
@@ -55,8 +60,8 @@ class RegionNce(Objective):
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """Mean cross-entropy over the regions that count, [] fp32; 0 while the queue is empty."""
         counted = self._counted(batch).flatten()  # [B * R]
-        queries = self._states(enc, self.config.visual)  # [B * R, D]
-        keys = self._states(enc.momentum, self.config.momentum_visual)
+        queries = self._states(enc, self.config.visual, self.head)  # [B * R, D]
+        keys = self._states(enc.momentum, self.config.momentum_visual, self.head_twin)
         temperature = torch.full((1,), self.config.temperature, device=queries.device)
         alike = (queries * keys).sum(dim=1)
         positives = alike / temperature
@@ -77,7 +82,7 @@ class RegionNce(Objective):
 
     def keys(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...]) -> Mapping[str, Keys]:
         """The twin's states, picture by picture."""
-        keys = self._states(enc.momentum, self.config.momentum_visual)
+        keys = self._states(enc.momentum, self.config.momentum_visual, self.head_twin)
         real = self._real(batch.visual[self.config.momentum_visual])
         pictures, regions = real.shape
         places = torch.arange(regions, device=keys.device).expand(pictures, -1)
@@ -87,6 +92,10 @@ class RegionNce(Objective):
         rows = (chosen + torch.arange(pictures, device=keys.device)[:, None] * regions).flatten()
         return {"regions": Keys(keys[rows].detach(), None, whole=False)}
 
+    def twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The head and its momentum copy."""
+        return [(self.head, self.head_twin)] if self.head is not None and self.head_twin is not None else []
+
     def passes(self) -> dict[str, float]:
         """Masked text and regions and their fusion; by the twin with regions as they are."""
         text, visual, twin = self.config.text, self.config.visual, self.config.momentum_visual
@@ -95,9 +104,10 @@ class RegionNce(Objective):
         return dict.fromkeys(own + [f"momentum.{name}" for name in keys], 1.0)
 
     def head_flops(self, batch: Batch) -> tuple[int, int]:
-        """The similarities to the queue."""
+        """The similarities to the queue; the head, and the twin's for queries' keys and for the queue's."""
         rows = len(batch) * self.regions  # padding asks too
-        return 2 * rows * self.config.queue * self.width, 0
+        head = self.head.flops(rows) if self.head is not None else 0
+        return 2 * rows * self.config.queue * self.width + head, 2 * head
 
     def _counted(self, batch: Batch) -> Tensor:
         """[B, R] bool."""
@@ -107,10 +117,11 @@ class RegionNce(Objective):
         assert visual.picked is not None, "the masked view says which regions are hidden"
         return self._filled(visual.picked) & self._real(visual)
 
-    def _states(self, enc: EncodingsLike, visual: str) -> Tensor:
-        """[B * R, D] fp32, unit length; R is the family's greatest number of regions."""
+    def _states(self, enc: EncodingsLike, visual: str, head: nn.Module | None) -> Tensor:
+        """[B * R, D or `embed`] fp32, unit length; R is the family's greatest number of regions."""
         states = enc.fused(self.config.text, visual).visual
         assert states is not None, "a family that offers `regions` fills Fused.visual"
+        states = head(states) if head is not None else states
         return F.normalize(self._filled(states).float().flatten(0, 1), dim=1)
 
     def _real(self, visual: Visual) -> Tensor:
