@@ -28,7 +28,8 @@ def pad_pictures(
     where cells are spread over the canvas as evenly as its sides allow.
 
     With mask "authors" the canvas is H x H whatever W is, as in the released code (SOHO/models/necks/necks.py):
-    of an upright picture the last columns are hidden, of a wide one padding on the right is taken for picture.
+    in a batch of upright pictures the last columns are hidden, in one of wide ones padding on the right is taken for
+    picture. Their batches are all upright or all wide; in a mixed one H and W are alike, and so are both masks.
 
     Args:
         pictures: at least one.
