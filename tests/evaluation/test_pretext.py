@@ -166,19 +166,27 @@ def miniature(every: int, **more: Any) -> RunConfig:
     return config.from_tree("miniature", tree)
 
 
-def two_runs(folder: str) -> dict[str, Any]:
-    """With and without evaluations along the way; then one of them measured again, from its checkpoint."""
+def in_one_process(folder: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Runs with and without evaluations along the way, one of them measured again from its checkpoint; `untrained`."""
     from vlscale import evaluate, train
     from vlscale.build import Request
 
     for name, every in (("often", 1), ("seldom", 0)):
         assert train.train(Request(miniature(every), "ds_configs/zero2.json", Path(folder) / name)) == 0
-    return evaluate.evaluate(str(Path(folder) / "often"), None, None, batch=8)
+    measured = evaluate.evaluate(str(Path(folder) / "often"), None, None, batch=8)
+    return measured, untrained("ds_configs/fp32.json", 8, folder)
 
 
-def test_a_run_of_a_family_without_embeddings(tmp_path: Path) -> None:
-    [measured] = run_ranks(two_runs, 1, str(tmp_path))
-    lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("often", "seldom")}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, float]]:
+    folder = tmp_path_factory.mktemp("runs")
+    [(measured, alone)] = run_ranks(in_one_process, 1, str(folder))
+    return folder, measured, alone
+
+
+def test_a_run_of_a_family_without_embeddings(done: tuple[Path, dict[str, Any], dict[str, float]]) -> None:
+    folder, measured, _ = done
+    lines = {name: (folder / name / "metrics.jsonl").read_text().splitlines() for name in ("often", "seldom")}
     often, seldom = ([json.loads(line) for line in lines[name]] for name in ("often", "seldom"))
     evaluations = [line for line in often if "loss" not in line]
     assert [line["step"] for line in evaluations] == [1, 2, 3]
@@ -188,7 +196,7 @@ def test_a_run_of_a_family_without_embeddings(tmp_path: Path) -> None:
     assert measured == evaluations[-1]  # the queue is the checkpoint's
     assert seldom[-1] == evaluations[-1]
     assert [line["loss"] for line in often if "loss" in line] == [line["loss"] for line in seldom if "loss" in line]
-    weights = [load_file(tmp_path / name / "checkpoints" / "step_00000003" / "weights.safetensors") for name in lines]
+    weights = [load_file(folder / name / "checkpoints" / "step_00000003" / "weights.safetensors") for name in lines]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
@@ -206,12 +214,12 @@ def untrained(ds_config: str, micro_batch: int, folder: str) -> dict[str, float]
     return pretext.measure(held).metrics
 
 
-def test_ranks_and_zero_3_change_nothing(tmp_path: Path) -> None:
+def test_ranks_and_zero_3_change_nothing(done: tuple[Path, dict[str, Any], dict[str, float]], tmp_path: Path) -> None:
+    alone = done[2]
     sharded = json.loads(Path("ds_configs/zero3.json").read_text())
     del sharded["bf16"]
     sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small parameters are parted too
     (tmp_path / "zero3_fp32.json").write_text(json.dumps(sharded))
-    [alone] = run_ranks(untrained, 1, "ds_configs/fp32.json", 8, str(tmp_path))
     first, second = run_ranks(untrained, 2, str(tmp_path / "zero3_fp32.json"), 4, str(tmp_path))
     assert first == second
     assert set(first) == set(alone)
