@@ -91,8 +91,11 @@ def test_an_evaluation_is_said_in_full(tmp_path: Path) -> None:
     console = io.StringIO()
     monitor = Monitor(tmp_path, steps=9, start=0, rank=0, tensorboard=False, console=console)
     monitor.scalars(9, {"eval/retrieval/i2t_r1": 0.512345, "eval/retrieval/candidates": 500})
+    monitor.scalars(9, {"eval/pretext/loss/mlm": 1.5, "eval/pretext/mlm/accuracy": 0.25})
     monitor.close()
-    assert console.getvalue() == "step 9/9  i2t_r1 0.5123  candidates 500\n"
+    assert console.getvalue() == (
+        "step 9/9  i2t_r1 0.5123  candidates 500\nstep 9/9  loss/mlm 1.5  mlm/accuracy 0.25\n"
+    )
 
 
 def test_other_ranks_write_only_warnings(tmp_path: Path) -> None:

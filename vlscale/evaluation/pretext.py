@@ -76,10 +76,11 @@ class Tally:
     def figures(self) -> dict[str, float]:
         """The means over all ranks, and the baselines; all ranks take part."""
         sums, terms = distributed.sum_over_ranks(self._sums), distributed.sum_over_ranks(self._terms)
-        found = {name: float(value / terms[name]) for name, value in sums.items() if terms[name] > 0}
         everyone: list[Any] = distributed.gather_objects(self._labels)
-        for name in self._labels:
-            times = sum((labels[name] for labels in everyone), Counter[int]())
+        found: dict[str, float] = {}
+        for name in (name for name in sums if terms[name] > 0):
+            found[name] = float(sums[name] / terms[name])
+            times = sum((labels.get(name, Counter()) for labels in everyone), Counter[int]())
             if times:
                 found[name.replace("accuracy", "majority")] = max(times.values()) / times.total()
         return found
