@@ -300,7 +300,8 @@ def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shar
         return kept.read_text(encoding="utf-8")
     texts = every_text(train, _asks(run), run.family.inputs.tags)
     cleaned = (text_data.clean_caption(text, run.text.kept_words) for text in texts)
-    return text_data.wordpiece(text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab))
+    tokens = text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab, run.text.cased)
+    return text_data.wordpiece(tokens, run.text.cased)
 
 
 def _asks(run: RunConfig) -> bool:

@@ -43,15 +43,15 @@ class TextConfig:
     """How captions become token ids."""
 
     vocab: str | None = None  # a tokenizer's file or folder (`data.text`); None = built from the training captions
-    cased: bool = False  # a vocab.txt tells capital letters from small ones (bert-base-cased)
+    cased: bool = False  # the vocabulary tells capital letters from small ones (bert-base-cased)
     clean_up: bool = True  # ALBEF's: lower case, no punctuation, `max_words`; False = captions as they are
     max_words: int = 30  # words of a caption kept by the clean-up
     answers: str | None = None  # a file with one answer a line, or a JSON list; None = the training data's commonest
 
     def __post_init__(self) -> None:
-        if self.cased and (self.clean_up or self.vocab is None):
-            told = "text.cased reads capital letters, which the clean-up and built vocabularies lack"
-            raise ConfigError(f"{told}; write text.clean_up=false and text.vocab=FOLDER")
+        if self.cased and self.clean_up:
+            reason = "text.cased reads capital letters, which the clean-up takes away; write text.clean_up=false"
+            raise ConfigError(reason)
 
     @property
     def kept_words(self) -> int:

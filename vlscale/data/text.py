@@ -62,8 +62,8 @@ def clean_caption(text: str, max_words: int) -> str:
     return " ".join(words[:max_words] if max_words else words)
 
 
-def build_vocabulary(captions: Iterable[str], size: int) -> list[str]:
-    """A lower-case WordPiece vocabulary of `size` entries or less, special tokens first ([PAD] is 0).
+def build_vocabulary(captions: Iterable[str], size: int, cased: bool = False) -> list[str]:
+    """A WordPiece vocabulary, lower-case if not `cased`, of `size` entries or less, special tokens first ([PAD] is 0).
 
     The same captions in any order give the same vocabulary. The letters are always in it, even if they alone
     make it larger than `size`. ConfigError if `size` cannot hold more than the special tokens.
@@ -75,7 +75,7 @@ def build_vocabulary(captions: Iterable[str], size: int) -> list[str]:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pipeline = Pipeline(models.WordPiece(unk_token="[UNK]"))
-    pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pipeline.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     texts = list(captions)
     first, inner = _letters(texts, pipeline)
