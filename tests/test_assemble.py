@@ -14,6 +14,7 @@ from tests.test_regions import npz
 from vlscale.data.answers import common_answers, normal_answer, read_answers
 from vlscale.data.assemble import Assembler, Texts
 from vlscale.data.collate import Sample, collate
+from vlscale.data.loader import MicroBatches, Plan
 from vlscale.data.order import Draws, TaskOrder
 from vlscale.data.samples import BrokenSampleError, sentences, tags
 from vlscale.data.shards import Shards
@@ -142,6 +143,8 @@ def test_questions_stand_beside_captions(tmp_path: Path) -> None:
     assert min(seen.values()) > DRAWS * 0.7 / 3 * 0.7
     assert {sample.answer for sample in samples if not sample.matched} == {IGNORE}
     assert [each.text for each in sentences(shards, 2)] == ["a thing number 2"]
+    silent = draw_all(shards, tmp_path, REGIONS, VIEWS, answers={"2": 7})  # of a task that asks nothing
+    assert {(said(sample, tmp_path), sample.answer) for sample in silent} == {("a thing number 2", None)}
 
 
 def test_a_region_of_another_picture(tmp_path: Path) -> None:
@@ -174,6 +177,20 @@ def test_a_sample_without_regions_is_named(tmp_path: Path) -> None:
     make = assembler(shards, make_tokenizer(tmp_path, REGIONS), REGIONS)
     with pytest.raises(BrokenSampleError, match=r"sample 's2' .* has no 'regions.npz' but png, json"):
         make(2, parse({"visual.clean": {}}, regions=True), lambda stream: Draws(0)(0, stream))
+
+
+def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
+    count = 150  # more than may be broken in a row, so that walking on does not help
+    special = {number: members(number) for number in range(count)} | {7: members(7)[:1]}
+    shards = Shards(write_samples(tmp_path / "shards", count, count, special), tmp_path / "cache")
+    views = {"all": parse({"text.clean": {}, "pairs.mismatch": {"prob": 1.0}}, regions=True)}
+    plan = Plan(views, TaskOrder({"all": 1.0}, 0), 0)
+    make = MicroBatches(shards, make_tokenizer(tmp_path, REGIONS), REGIONS, plan, lambda position: position % count)
+    for start in range(0, 600, 50):
+        made = make(range(start, start + 50), "all")
+        assert made.batch is not None, made.error
+        assert len(made.batch) == 50
+        assert {bad.key for bad in made.bad} <= {"s7"}
 
 
 def test_tags_of_objects(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlscale.nn import momentum
-from vlscale.nn.attention import Attention, SelfAttention, attention_mask
+from vlscale.nn.attention import Attention, SelfAttention, attend, attention_mask
 from vlscale.nn.bert import BertEmbeddings, WordHead, bert_layers
 from vlscale.nn.queue import KeyQueue, QueueOptions
 from vlscale.nn.temperature import Temperature
@@ -168,3 +168,16 @@ def test_momentum_arithmetic() -> None:
         momentum.coefficient(1, 0.99, "linear", 10)  # type: ignore[arg-type]
     assert [momentum.softening(step, 0.4, 4) for step in (1, 2, 5, 9)] == pytest.approx([0, 0.1, 0.4, 0.4])
     assert momentum.softening(1, 0.4, 0) == 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_may_see_nothing_gets_nothing(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 3, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = attention_mask(torch.tensor([[True, True, False], [False, False, False]]))
+    out = attend(query, key, value, 2, mask, 0.0)
+    out.float().square().sum().backward()
+    assert out[0].any(dim=1).all()
+    assert not out[1].any()
+    assert value.grad is not None
+    assert value.grad[0].any()
+    assert not value.grad[1].any()

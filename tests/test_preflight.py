@@ -42,7 +42,7 @@ def test_a_sound_start(tmp_path: Path) -> None:
         ({7: sample(7, "?!")}, r"sample 's007' .* the caption '\?!' is nothing but punctuation"),
         ({7: sample(7)[:1]}, "sample 's007' .*has no caption"),
         ({7: sample(7)[1:]}, "sample 's007' .*has no picture .* but json"),
-        ({i: sample(i, picture=b"x") for i in range(5, 10)}, "none of the first 5 pictures .*part-001.tar"),
+        ({i: sample(i, picture=b"x") for i in range(5, 10)}, "none of the first 5 samples .*part-001.tar"),
     ],
 )
 def test_unusable_samples_are_named(tmp_path: Path, special: Any, says: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 
 from tests.shard_files import shared
 from vlscale.data.collate import RegionSample, stack_regions
-from vlscale.data.regions import PLACES, MaskRegions, Regions, parse
-from vlscale.types import Geometry
+from vlscale.data.regions import PLACES, MaskRegions, Regions, check_widths, parse
+from vlscale.types import Geometry, Inputs
 
 SIZE = (200.0, 100.0)
 BOXES = np.array([[20, 10, 60, 50], [100, 0, 200, 100]], dtype=np.float32)
@@ -90,7 +91,9 @@ def test_a_file() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"no zip", "cannot be read as npz"),
+        (b"no zip", "cannot be read: it is no npz"),
+        (npz(features=np.ones((2, 3)), boxes=BOXES)[:-30], "cannot be read: it is an npz that is damaged"),
+        (npz(features=np.float32(3), boxes=BOXES, class_probs=BOXES), r"has features \(\) and boxes"),
         (npz(boxes=BOXES), "lacks 'features'"),
         (
             npz(features=np.ones((2, 3)), boxes=BOXES[:1], class_probs=BOXES),
@@ -98,7 +101,7 @@ def test_a_file() -> None:
         ),
         (npz(features=np.ones((2, 3)), boxes=BOXES), "lacks 'class_probs'"),
         (npz(features=np.ones((2, 3)), boxes=BOXES, class_probs=np.ones(2)), r"has 'class_probs' of shape \(2,\)"),
-        (npz(features=np.array([[None]]), boxes=BOXES), "cannot be read as npz"),
+        (npz(features=np.array([[None]]), boxes=BOXES), "holds pickled objects"),
     ],
 )
 def test_a_file_that_cannot_be_used(data: bytes, reason: str) -> None:
@@ -109,6 +112,23 @@ def test_a_file_that_cannot_be_used(data: bytes, reason: str) -> None:
 def test_a_file_without_a_size() -> None:
     with pytest.raises(ValueError, match="no width and height of the picture"):
         parse(npz(features=np.ones((2, 3)), boxes=BOXES), 36, frozenset(), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"feats": 5}, "has features of 3 numbers, not family.feats=5"),
+        ({"classes": 5}, "has class_probs of 4 classes, not family.classes=5"),
+    ],
+)
+def test_another_detector_than_the_family_is_built_for(changes: dict[str, int], reason: str) -> None:
+    regions = found(class_probs=np.ones((2, 4), dtype=np.float32), classes=np.array([0, 3]))
+    fits = Inputs(0, 9, True, 4, 3, 4, 4, "corners")
+    check_widths(regions, fits)
+    with pytest.raises(ValueError, match=reason):
+        check_widths(regions, replace(fits, **changes))
+    with pytest.raises(ValueError, match=r"has classes from 0 to 4, but family.classes=4"):
+        check_widths(found(classes=np.array([0, 4])), fits)
 
 
 def none(rng: np.random.Generator) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +82,20 @@ def check_pictures(shards: Shards, looked_at: Iterable[int]) -> None:
         if picture_field(shards.fields(i)) is None:
             picture(shards, i)  # raises the sentence that names it
     for n in _some_shards(shards):
-        _one_decodes(shards, range(shards.start(n), min(shards.start(n) + TRIES, shards.start(n + 1))))
+        _one_can_be_read(shards, n, partial(picture, shards))
 
 
 def check_regions(shards: Shards, looked_at: Iterable[int], inputs: Inputs, wanted: frozenset[str]) -> None:
     """DataError for a sample without regions, or a shard whose first ones cannot be used or lack a `wanted` field."""
     for i in looked_at:
         if REGION_FIELD not in shards.fields(i):
-            regions(shards, i, inputs.regions, inputs.feats, wanted)  # raises the sentence that names it
+            regions(shards, i, inputs, wanted)  # raises the sentence that names it
     for n in _some_shards(shards):
-        regions(shards, shards.start(n), inputs.regions, inputs.feats, wanted)
+        _one_can_be_read(shards, n, partial(_regions, shards, inputs, wanted))
+
+
+def _regions(shards: Shards, inputs: Inputs, wanted: frozenset[str], i: int) -> None:
+    regions(shards, i, inputs, wanted)
 
 
 def _some_shards(shards: Shards) -> list[int]:
@@ -98,15 +103,18 @@ def _some_shards(shards: Shards) -> list[int]:
     return chosen
 
 
-def _one_decodes(shards: Shards, tried: range) -> None:
-    """A broken picture is skipped in training; when all that were tried are broken, the shard is."""
+def _one_can_be_read(shards: Shards, n: int, read: Callable[[int], object]) -> None:
+    """A broken sample is skipped in training; when all that were tried are broken, the shard is."""
+    tried = range(shards.start(n), min(shards.start(n) + TRIES, shards.start(n + 1)))
+    last: BrokenSampleError | None = None
     for i in tried:
         try:
-            picture(shards, i)
+            read(i)
             return
         except BrokenSampleError as error:
             last = error
-    raise DataError(f"none of the first {len(tried)} pictures of a shard can be decoded; the last: {last}")
+    if last is not None:
+        raise DataError(f"none of the first {len(tried)} samples of a shard can be used; the last: {last}")
 
 
 def check_texts(

@@ -130,7 +130,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -> dict[str, str]:
-    """What every rank must be about to do alike; lengths of texts and numbers of regions may differ."""
+    """What every rank must be about to do alike; texts, regions and pictures may be of other lengths and shapes."""
     first = micro_batches[0]
     return {
         "task": task,
@@ -143,8 +143,11 @@ def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -
 
 
 def _shape(visual: Visual) -> str:
-    """(C, H, W) of pixels, (F,) of regions."""
-    return str(tuple(visual.feats.shape[1:] if visual.boxes is None else visual.feats.shape[2:]))
+    """(C, H, W) of pixels, (C,) where pictures keep their own shapes, (F,) of regions."""
+    shape = visual.feats.shape
+    if visual.boxes is not None:
+        return str(tuple(shape[2:]))
+    return str(tuple(shape[1:] if visual.mask is None else shape[1:2]))
 
 
 def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

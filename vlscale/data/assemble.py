@@ -16,11 +16,11 @@ from vlscale.data.masking import Ids
 from vlscale.data.regions import PLACES, Floats, Regions
 from vlscale.data.samples import BrokenSampleError, picture, regions, sentences, tags
 from vlscale.data.shards import Shards
-from vlscale.data.text import Tokenizer, clean_caption
+from vlscale.data.text import AS_IT_IS, Tokenizer, clean_caption
 from vlscale.data.views import Views
 from vlscale.types import IGNORE, Inputs
 
-MAX_CACHED_TEXTS = 1 << 20  # samples whose token ids are kept, some 300 bytes each
+MAX_CACHED_TEXTS = 1 << 20  # whose token ids are kept, some 300 bytes each
 Draw = Callable[[str], Generator]  # the sample's generator for one purpose, such as `text.masked`
 
 
@@ -29,6 +29,7 @@ class Phrase(NamedTuple):
 
     ids: Ids  # [L]
     answer: int  # its number; IGNORE of a caption, and of an answer that is in no list
+    asked: bool  # whether it is a question
 
 
 class Texts:
@@ -42,23 +43,27 @@ class Texts:
         self._answers = answers
         self._kept: dict[int, list[Phrase]] = {}
         self._tags: dict[int, Ids] = {}
+        self._room = MAX_CACHED_TEXTS
 
     def __call__(self, i: int) -> list[Phrase]:
         """Captions, then questions. BrokenSampleError if the sample has no text that is left after clean-up."""
         texts = self._kept.get(i)
         if texts is None:
             texts = self._encode(i)
-            if len(self._kept) < MAX_CACHED_TEXTS:
+            if self._room >= len(texts):
                 self._kept[i] = texts
+                self._room -= len(texts)
         return texts
 
     def tags(self, i: int) -> Ids:
         """[CLS] names of the objects [SEP]; nothing between where none is named."""
-        if i not in self._tags and len(self._tags) >= MAX_CACHED_TEXTS:
-            return self._encode_tags(i)
-        if i not in self._tags:
-            self._tags[i] = self._encode_tags(i)
-        return self._tags[i]
+        found = self._tags.get(i)
+        if found is None:
+            found = self._encode_tags(i)
+            if self._room > 0:
+                self._tags[i] = found
+                self._room -= 1
+        return found
 
     def _encode(self, i: int) -> list[Phrase]:
         found = sentences(self._shards, i, self._answers is not None)
@@ -67,12 +72,13 @@ class Texts:
             reason = "a caption holds nothing but punctuation; write a text or leave the sample out"
             raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), reason)
         return [
-            Phrase(self._tokenizer.encode(text), self._number(sentence.answer))
+            Phrase(self._tokenizer.encode(text), self._number(sentence.answer), sentence.answer is not None)
             for text, sentence in zip(cleaned, found, strict=True)
         ]
 
     def _encode_tags(self, i: int) -> Ids:
-        return self._tokenizer.encode(clean_caption(tags(self._shards, i), 0))
+        words = AS_IT_IS if self._max_words == AS_IT_IS else 0  # cleaned as captions are, but whole
+        return self._tokenizer.encode(clean_caption(tags(self._shards, i), words))
 
     def _number(self, answer: str | None) -> int:
         if answer is None or self._answers is None:
@@ -107,10 +113,12 @@ class Assembler:
     def __call__(self, i: int, views: Views, draw: Draw) -> Sample:
         """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with."""
         pair = self._pair(i, views, draw)
-        phrase = self._phrase(pair.words, "caption", draw)
+        phrase = self._phrase(pair.words, "caption", views, draw)
         ids, segments = phrase.ids, None
         if self._inputs.tags:
-            named = self._phrase(pair.foreign, "tags", draw).ids if pair.tags < 0 else self._texts.tags(pair.tags)
+            named = (
+                self._phrase(pair.foreign, "tags", views, draw).ids if pair.tags < 0 else self._texts.tags(pair.tags)
+            )
             ids, segments = tag_data.join(ids, named, self._inputs.text_length)
         text = {name: view(ids, self._tokenizer, draw(f"text.{name}")) for name, view in views.text.items()}
         seen = self._regions(pair.picture, views, draw) if views.regions else None
@@ -153,9 +161,11 @@ class Assembler:
         drawn = int(rng.integers(max(1, len(self._shards) - 1)))
         return (drawn + (drawn >= i)) % len(self._shards)
 
-    def _phrase(self, i: int, stream: str, draw: Draw) -> Phrase:
-        """One of the sample's texts per access, drawn anew (ALBEF)."""
-        texts = self._texts(i)
+    def _phrase(self, i: int, stream: str, views: Views, draw: Draw) -> Phrase:
+        """One of the sample's texts per access, drawn anew (ALBEF); questions only where the task wants them."""
+        texts = [phrase for phrase in self._texts(i) if views.answers or not phrase.asked]
+        if not texts:
+            raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), "has questions but no caption")
         return texts[int(draw(stream).integers(len(texts)))] if len(texts) > 1 else texts[0]
 
     def _pictures(self, i: int, views: Views, draw: Draw) -> dict[str, NDArray[np.uint8]]:
@@ -176,7 +186,7 @@ class Assembler:
         return RegionSample(found.feats, PLACES[self._inputs.geometry](found), found.fields, shown)
 
     def _found(self, i: int) -> Regions:
-        return regions(self._shards, i, self._inputs.regions, self._inputs.feats, self._fields)
+        return regions(self._shards, i, self._inputs, self._fields)
 
 
 def _blanked(

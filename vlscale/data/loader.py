@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -83,15 +84,22 @@ class MicroBatches:
             return Loaded(None, tuple(bad), str(error))
 
     def _sample(self, position: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
-        """The sample at `position`, or the next one that can be used, with the position's draws."""
+        """The sample at `position`, or the next one that can be used; every try draws its partner anew."""
         index = self._order(position)
-        for i in range(index, index + MAX_BROKEN_IN_A_ROW):
+        for attempt in range(MAX_BROKEN_IN_A_ROW):
+            again = f"/{attempt}" if attempt else ""
             try:
-                return self._assembler(i % self._num_samples, views, partial(draws, position))
+                return self._assembler(
+                    (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again)
+                )
             except BrokenSampleError as error:
                 bad.append(Bad(str(error.shard), error.key, error.reason))
                 last = error
         raise DataError(f"{MAX_BROKEN_IN_A_ROW} samples in a row cannot be used; the last one: {last}")
+
+
+def _draw(draws: Draws, position: int, again: str, stream: str) -> np.random.Generator:
+    return draws(position, stream + again)
 
 
 class _Numbered(Dataset[Loaded]):

@@ -5,10 +5,8 @@ R regions of a picture, F numbers of a feature, C classes of the detector. Nothi
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +14,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from vlscale.data.augment import require
-from vlscale.types import Geometry
+from vlscale.data.detections import read_arrays
+from vlscale.types import Geometry, Inputs
 
 Floats = NDArray[np.float32]
 # fields of `Visual` that a file may hold beside `features` and `boxes`, and what they become
@@ -45,25 +44,36 @@ def parse(data: bytes, most: int, wanted: frozenset[str], size: tuple[float, flo
     is damaged or lacks something.
     """
     try:
-        with np.load(BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in wanted or name in _ALWAYS}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot be read as npz ({error})") from error
+        arrays = read_arrays(data, (*_ALWAYS, *wanted))
+    except ValueError as error:
+        raise ValueError(f"cannot be read: {error}") from error
     missing = [name for name in ("features", "boxes", *sorted(wanted.intersection(FIELDS))) if name not in arrays]
     if missing:
         raise ValueError(f"lacks '{missing[0]}'")
-    if "width" in arrays and "height" in arrays:
-        size = (float(arrays["width"]), float(arrays["height"]))
+    if "width" in arrays and "height" in arrays and arrays["width"].size == arrays["height"].size == 1:
+        size = (float(arrays["width"].item()), float(arrays["height"].item()))
     if size is None or min(size) <= 0:
         raise ValueError("tells no width and height of the picture, and neither does the json")
-    feats, boxes = arrays["features"][:most], arrays["boxes"][:most]
+    feats, boxes = arrays["features"], arrays["boxes"]
     if feats.ndim != 2 or boxes.shape != (len(feats), 4):
         raise ValueError(f"has features {feats.shape} and boxes {boxes.shape}; they should be [R, F] and [R, 4]")
+    for name in wanted.intersection(FIELDS):
+        shape = arrays[name].shape
+        if len(shape) != (2 if name == "class_probs" else 1) or shape[0] != len(feats):
+            raise ValueError(f"has '{name}' of shape {shape} for {len(feats)} regions")
     fields = {name: arrays[name][:most].astype(kind) for name, kind in FIELDS.items() if name in wanted}
-    for name, values in fields.items():
-        if len(values) != len(feats) or values.ndim != (2 if name == "class_probs" else 1):
-            raise ValueError(f"has '{name}' of shape {values.shape} for {len(feats)} regions")
-    return Regions(feats.astype(np.float32), boxes.astype(np.float32), size, fields)
+    return Regions(feats[:most].astype(np.float32), boxes[:most].astype(np.float32), size, fields)
+
+
+def check_widths(found: Regions, inputs: Inputs) -> None:
+    """ValueError if features, distributions or class numbers are not those that the family is built for."""
+    feats, probs, classes = found.feats.shape[1], found.fields.get("class_probs"), found.fields.get("classes")
+    if feats != inputs.feats:
+        raise ValueError(f"has features of {feats} numbers, not family.feats={inputs.feats}")
+    if probs is not None and probs.shape[1] != inputs.classes:
+        raise ValueError(f"has class_probs of {probs.shape[1]} classes, not family.classes={inputs.classes}")
+    if classes is not None and len(classes) and not 0 <= classes.min() <= classes.max() < inputs.classes:
+        raise ValueError(f"has classes from {classes.min()} to {classes.max()}, but family.classes={inputs.classes}")
 
 
 _ALWAYS = ("features", "boxes", "width", "height")

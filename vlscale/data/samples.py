@@ -12,6 +12,7 @@ from vlscale.data.decode import Pixels, decode
 from vlscale.data.regions import Regions
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError
+from vlscale.types import Inputs
 
 TEXT_FIELDS = ("json", "txt")
 REGION_FIELD = "regions.npz"
@@ -59,8 +60,8 @@ def picture(shards: Shards, i: int) -> Pixels:
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason) from error
 
 
-def regions(shards: Shards, i: int, most: int, feats: int, wanted: frozenset[str]) -> Regions:
-    """What a detector found in sample `i`: its first `most` regions, of `feats` numbers each.
+def regions(shards: Shards, i: int, inputs: Inputs, wanted: frozenset[str]) -> Regions:
+    """What a detector found in sample `i`: as many of its regions as the family reads, with its widths.
 
     BrokenSampleError if the sample has no `regions.npz` or if that lacks what is `wanted` (names of
     `vlscale.data.regions.FIELDS`).
@@ -71,9 +72,8 @@ def regions(shards: Shards, i: int, most: int, feats: int, wanted: frozenset[str
         reason = f"has no '{REGION_FIELD}' but {has}; `launchers/shards.py regions` adds one to pictures"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
-        found = region_data.parse(raw[REGION_FIELD], most, wanted, _size(raw))
-        if found.feats.shape[1] != feats:
-            raise ValueError(f"has features of {found.feats.shape[1]} numbers, not family.feats={feats}")
+        found = region_data.parse(raw[REGION_FIELD], inputs.regions, wanted, _size(raw))
+        region_data.check_widths(found, inputs)
     except ValueError as error:
         raise BrokenSampleError(shards.shard(i), shards.key(i), f"its '{REGION_FIELD}' {error}") from error
     return found
@@ -113,9 +113,9 @@ def tags(shards: Shards, i: int) -> str:
         raise BrokenSampleError(shards.shard(i), shards.key(i), str(error)) from error
     named = record.get("tags")
     if named is None:
-        objects = [each for each in record.get("objects") or [] if isinstance(each, dict)]
+        objects = [each for each in _listed(record, "objects") if isinstance(each, dict)]
         named = [each.get("name") or each.get("label") or "" for each in objects]
-    return named if isinstance(named, str) else " ".join(map(str, named))
+    return named if isinstance(named, str) else " ".join(map(str, named if isinstance(named, list) else []))
 
 
 def every_text(shards: Shards, questions: bool = False, named: bool = False) -> Iterator[str]:
@@ -152,11 +152,17 @@ def _record(raw: Mapping[str, bytes]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def _listed(record: Mapping[str, Any], name: str) -> list[Any]:
+    """A list of the json; empty where there is none."""
+    found = record.get(name)
+    return found if isinstance(found, list) else []
+
+
 def _size(raw: Mapping[str, bytes]) -> tuple[float, float] | None:
     record = _record(raw)
-    if "width" in record and "height" in record:
-        return float(record["width"]), float(record["height"])
-    return None
+    size = record.get("width"), record.get("height")
+    numbers = [float(side) for side in size if isinstance(side, int | float)]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
 
 
 def _captions(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> list[str]:
@@ -182,7 +188,7 @@ def _captions(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> list[str]:
 
 
 def _questions(record: Mapping[str, Any]) -> list[Sentence]:
-    listed = record.get("qa") or []
+    listed = _listed(record, "qa")
     if record.get("question") is not None:
         listed = [*listed, {"q": record["question"], "a": record.get("answer")}]
     for each in listed:

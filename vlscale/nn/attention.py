@@ -19,7 +19,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor |
         dropout: probability that a weight is dropped; 0 outside training.
 
     Returns:
-        [B, Lq, D].
+        [B, Lq, D]; 0 for a query that may see nothing (a picture without regions), which no gradient passes.
     """
     width = query.shape[2] // heads
     query, key, value = (part.view(*part.shape[:2], heads, width).transpose(1, 2) for part in (query, key, value))
@@ -40,7 +40,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)  # the kernel reads and writes 16 bits and computes in fp32
-    return F.dropout(weights, dropout, training=dropout > 0) @ value
+    out = F.dropout(weights, dropout, training=dropout > 0) @ value
+    return out if mask is None else out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
 
 
 def attention_mask(mask: Tensor | None, causal: bool = False) -> Tensor | None:
