@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--data", nargs="+", default=None, metavar="SHARDS", help="globs; default: the run's data.val")
     parser.add_argument("--batch", type=int, default=64, help="samples per forward pass; default: %(default)s")
-    parser.add_argument("--limit", type=int, default=None, help="samples at most; default: the run's evaluation.limit")
+    parser.add_argument("--limit", type=int, default=None, help="samples at most, 0 = all; default: evaluation.limit")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
     arguments = console.parse(parser, argv)
     console.no_overrides(arguments)

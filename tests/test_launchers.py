@@ -145,6 +145,8 @@ def test_evaluate_mistakes(tmp_path: Path) -> None:
     )
     assert "is no folder" in refusal("--checkpoint", str(tmp_path / "nowhere"), launcher="evaluate")
     assert "manifest.json" in refusal("--checkpoint", str(tmp_path), launcher="evaluate", code=5)
+    for option, says in (("--limit=-1", "--limit should be at least 0"), ("--batch=0", "--batch should be at least 1")):
+        assert says in refusal("--checkpoint", str(tmp_path), option, launcher="evaluate")
     assert "cannot be changed here" in refusal("--checkpoint", str(tmp_path), "steps=3", launcher="evaluate")
 
 

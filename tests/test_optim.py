@@ -87,6 +87,8 @@ def test_the_triangle_of_bert_and_lxmert(steps: int, share: float) -> None:
         ({"milestones": (10, 20)}, r"schedule is cosine and optim.milestones is \[10, 20\]"),
         ({"warmup_lr": 0.1, "warmup_start_factor": 0.1}, "write one of them"),
         ({"warmup_start_factor": -1.0}, "optim.warmup_start_factor should be at least 0"),
+        ({"schedule": "constant", "stair": 10}, "optim.stair is 10, but optim.schedule=constant knows no such thing"),
+        ({"schedule": "step", "milestones": (5,), "decay_after_warmup": False}, "decay_after_warmup is False, but"),
         ({"decay_factor": -1.0}, "optim.decay_factor should be at least 0"),
         ({"betas": (0.9, 1.0)}, r"optim.betas should each be from 0 and below 1 \(got \[0.9, 1.0\]\)"),
     ],

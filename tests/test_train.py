@@ -250,6 +250,14 @@ def train_here(ds_path: str, recipe: str, out: str, overrides: list[str]) -> int
     return train.train(Request(config.load(recipe, overrides), ds_path, Path(out)))
 
 
+def test_rates_are_logged_by_group_where_zero_parts_the_parameters(tmp_path: Path) -> None:
+    rates_given = ("optim.lr=0.5", "optim.warmup=0", "optim.scale={temperature: 2}")
+    overrides = [*TINY, "steps=1", "evaluation.limit=8", *rates_given]
+    run_ranks(train_here, 1, "ds_configs/zero3.json", "quickstart", str(tmp_path / "run"), overrides)
+    rates = {key: value for key, value in metrics(tmp_path / "run")[0].items() if key.startswith("lr/")}
+    assert rates == {"lr/decay": 0.5, "lr/no_decay": 0.5, "lr/no_decay/temperature": 1.0}
+
+
 def fp32_of(name: str, folder: Path) -> str:
     """The file in fp32."""
     tree = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())

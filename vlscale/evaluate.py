@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from vlscale import build, checkpoint, config, run_folder
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
-from vlscale.errors import CheckpointError
+from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.model import PretrainModel
 
@@ -24,10 +24,14 @@ def evaluate(
     """The figures of one task (None = the family's usual one) on shards (None = the run's own validation shards).
 
     Raises:
-        ConfigError: no such task, or the model cannot do it.
+        ConfigError: no such task, or the model cannot do it; a `limit` (0 = all) or `batch` that counts nothing.
         CheckpointError: there is no usable checkpoint at `path`.
         DataError: the shards are missing or unusable.
     """
+    if batch < 1:
+        raise ConfigError(f"--batch should be at least 1 (got {batch})")
+    if limit is not None and limit < 0:
+        raise ConfigError(f"--limit should be at least 0, which means all samples (got {limit})")
     if task is not None:
         config.pick("evaluation", task)  # a wrong name is said at once
     found = checkpoint.find(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
@@ -45,7 +49,7 @@ def evaluate(
         tokenizer,
         build.plan(run, answers, model),
         batch=batch,
-        limit=limit or run.evaluation.limit,
+        limit=run.evaluation.limit if limit is None else limit,
     )
     measured: Found = config.pick("evaluation", task or usual_task(model.family)).measure(held)
     return {"step": found.step, **measured.metrics}

@@ -9,6 +9,9 @@ from typing import Any, Literal, TypedDict
 
 from vlscale.errors import ConfigError, did_you_mean
 
+KEPT = (  # options that an optimizer's state holds; those of the schedule are read anew
+    *("name", "sgd", "betas", "eps", "weight_decay", "no_decay", "decay_always", "clip", "clip_each", "scale"),
+)
 KINDS = frozenset({"one_dimensional", "bias"})  # of parameters, among the parts of names in `no_decay`
 
 
@@ -72,6 +75,12 @@ class OptimConfig:
                 f"optim.schedule is {self.schedule} and optim.milestones is {list(self.milestones)}; "
                 f"`step` needs milestones, e.g. optim.milestones=[5000,7000], and no other schedule has any"
             )
+        for key, value, usual in (("stair", self.stair, 1), ("decay_after_warmup", self.decay_after_warmup, True)):
+            if self.schedule in ("step", "constant") and value != usual:
+                raise ConfigError(
+                    f"optim.{key} is {value}, but optim.schedule={self.schedule} knows no such thing; "
+                    f"leave it out, or write optim.schedule=linear or cosine"
+                )
 
 
 class Group(TypedDict):
@@ -128,7 +137,8 @@ def groups(named_parameters: Iterable[tuple[str, Any]], config: OptimConfig) -> 
     for name, parameter in trainable:
         part = next((part for part in config.scale if part in name), None)
         factor = config.scale[part] if part else 1.0
-        spared = not _decays(name, parameter.ndim, config)
+        # a parameter that ZeRO 3 has parted is flat and says under `ds_shape` what it was
+        spared = not _decays(name, len(getattr(parameter, "ds_shape", parameter.shape)), config)
         if sgd and any(each in name for each in sgd.parts):
             label, rule, decay, factor = "sgd", "sgd", sgd.weight_decay, factor * sgd.lr_scale
         elif spared:

@@ -38,6 +38,7 @@ class Record:
         if setting.device.type == "cuda":
             name = torch.cuda.get_device_name(setting.device)
             self._peak = peak_flops(name, ds_config.precision(setting.ds))
+        self._scales = {group["name"]: group["scale"] for group in optim.groups(model.named_parameters(), run.optim)}
         self._clock = StepClock(setting.device)
         self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
         self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
@@ -73,8 +74,7 @@ class Record:
             **self._queues(step),
         }
         lr = optim.lr_at(step, run.optim, run.steps)
-        for group in optim.groups(self._model.named_parameters(), run.optim):
-            values[f"lr/{group['name']}"] = lr * group["scale"]
+        values |= {f"lr/{name}": lr * scale for name, scale in self._scales.items()}
         values["grad_norm"] = report.grad_norm
         if report.loss_scale is not None:
             values["loss_scale"] = report.loss_scale
