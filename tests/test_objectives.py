@@ -186,6 +186,18 @@ def test_itm_with_the_loaders_negatives() -> None:
         torch.testing.assert_close(loss.value, F.cross_entropy(objective.head(pooled), torch.tensor(labels)))
 
 
+def test_itm_head_starts_as_its_authors() -> None:
+    family = albef.build(replace(albef.tiny(), hidden=1024, dropout=0.0))
+    pairs = itm.build(itm.Config(negatives="loader"), family)
+    assert pairs.head.weight.std().item() == pytest.approx(0.02, rel=0.1)  # BERT's
+    assert not pairs.head.bias.any()
+    hard = itm.build(itm.Config(), family)  # torch's: uniform, of both
+    assert hard.head.weight.abs().max() <= 1 / 32
+    assert hard.head.bias.any()
+    soho = itm.build(itm.Config(negatives="loader", bias=False), family)
+    assert [name for name, _ in soho.named_parameters()] == ["head.weight"]
+
+
 def test_itm_needs_two_samples() -> None:
     with pytest.raises(ConfigError, match="micro_batch"):
         albef_model()(albef_batch(size=1), Moment(1))

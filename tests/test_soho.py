@@ -36,7 +36,7 @@ OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, clip=1.0)
 def model_of(**changes: Any) -> PretrainModel:
     torch.manual_seed(0)
     family = soho.build(replace(soho.tiny(), dropout=0.0, **changes))
-    loader = itm.Config(text="masked", visual="masked", negatives="loader")
+    loader = itm.Config(text="masked", visual="masked", negatives="loader", bias=False)
     return PretrainModel(
         family,
         {

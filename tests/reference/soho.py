@@ -130,14 +130,12 @@ class Runner:
         self.captions = folder.config["S"]
         self.family = family = soho.build(config)
         self.mvm = mvm.build(mvm.Config(), family)
-        self.itm = itm.build(itm.Config(text="masked", visual="masked", negatives="loader"), family)
+        self.itm = itm.build(itm.Config(text="masked", visual="masked", negatives="loader", bias=False), family)
         words = mlm.Config(visual="masked", soften=0.0, scope="rank", head="tied")
         self.mlm = mlm.build(words, family)
         self.model = PretrainModel(family, {"mlm": self.mlm, "mvm": self.mvm, "itm": self.itm})
         self.inputs, self.weights = folder.tensors("batch.safetensors"), folder.tensors("weights.safetensors")
         fill(self.model, self.weights, soho.PUBLISHED)
-        with torch.no_grad():
-            self.itm.head.bias.zero_().requires_grad_(False)  # the authors' head has none
         _authors_order(family.dictionary)
         self.steps = sorted(
             {name.split("/")[0] for name in self.inputs if name.startswith("step")}, key=lambda name: int(name[4:])

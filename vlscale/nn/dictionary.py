@@ -16,8 +16,9 @@ ROWS = 4096  # cells compared with the whole dictionary at a time
 class Dictionary(Moving):
     """K entries of width D, none of them a parameter.
 
-    The entries are those of the last step while a step is made; the authors' code, which never splits a step,
-    moves them inside its forward pass instead, between finding the nearest entry and taking its value.
+    The entries are those of the last step while a step is made, in however many micro-batches. The authors' code
+    moves them inside each forward pass instead, between finding the nearest entry and taking its value: twice per
+    update in the released configuration, which accumulates two passes.
 
     Args:
         codes: K.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vlscale import distributed
 from vlscale.errors import ConfigError
+from vlscale.nn.bert import init_normal
 from vlscale.objectives.base import EncodingsLike, FamilyLike, Objective, embed_of
 from vlscale.types import Batch, Fused, Loss, Stream, lengthened
 
@@ -29,6 +30,7 @@ class Config:
     momentum_visual: str | None = None  # view that the twin sees; None = the same (TCL: a second augmentation)
     scope: Literal["rank", "global"] = "rank"  # drawn from this micro-batch (authors), or from the whole step's batch
     same_picture: Literal["negative", "excluded"] = "excluded"  # authors: negative
+    bias: bool = True  # of the head (SOHO: False)
     epsilon: float = 1e-4  # added to each weight: 64 weights can underflow to one-hot (ALBEF issues 18, 93)
 
 
@@ -51,7 +53,10 @@ class Itm(Objective):
         views = {f"text.{config.text}", f"visual.{config.visual}", f"visual.{self.twin_view}"}
         self.views = frozenset(views if self.hard else views | {"pairs.mismatch"})
         self.embed = family.dims.embed
-        self.head = nn.Linear(family.dims.pooled or family.dims.fused, 2)  # column 1 = match
+        width = family.dims.pooled or family.dims.fused
+        self.head = nn.Linear(width, 2, bias=config.bias)  # column 1 = match
+        if not self.hard:  # UNITER, LXMERT and ViLBERT start it as BERT, ALBEF as torch does
+            init_normal(self.head)
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
         """Image keys, text keys [b, E] and pair ids; the draws alone look at them, without gradient."""
