@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.shard_files import WORDS, sample, write_samples, write_tar
 from vlscale import build, config
-from vlscale.data import scenes, views
+from vlscale.data import scenes, text, views
+from vlscale.data.text import SPECIAL_TOKENS, write_vocabulary
 from vlscale.errors import ConfigError, DataError
 from vlscale.families import albef
 from vlscale.families.base import Family
@@ -92,6 +96,50 @@ def test_a_model_is_a_function_of_the_seed() -> None:
 
     assert norms(1) == norms(1)
     assert norms(1) != norms(2)
+
+
+def test_a_run_goes_on_with_the_vocabulary_and_the_answers_that_it_began_with(tmp_path: Path) -> None:
+    given, shards = tmp_path / "vocab.txt", write_samples(tmp_path / "shards", 12, 5, {})
+    data = (f"data.train={shards}", f"data.val={shards}", "data.batch=4", "family.vocab=256", f"text.vocab={given}")
+    run = config.load("quickstart", [*SMALL, *data])
+    request = build.Request(run, "ds_configs/zero2.json", tmp_path / "run")
+    write_vocabulary([*SPECIAL_TOKENS, *WORDS], given)
+    began = build.setup(request)
+    build.write_folder(run, began)
+    assert build.setup(request).vocabulary == began.vocabulary
+    kept = tmp_path / "run" / build.TOKENIZER
+    assert json.loads(text.read_tokenizer(kept)) == json.loads(began.vocabulary)  # the way out that is named
+    write_vocabulary([*SPECIAL_TOKENS, *reversed(WORDS)], given)
+    with pytest.raises(ConfigError, match=r"text.vocab=.*/vocab.txt does not hold what the run began with"):
+        build.setup(request)
+
+    listed = tmp_path / "listed.txt"
+    run = config.load("lxmert_tiny", [f"text.answers={listed}"])
+    listed.write_text("yes\nno\n")
+    answers = build._answers(run, None, tmp_path / "run", began.train)
+    (tmp_path / "run" / build.ANSWERS).write_text(f"{answers}\n")
+    assert build._answers(run, None, tmp_path / "run", began.train).splitlines() == ["yes", "no"]
+    listed.write_text("no\nyes\n")
+    with pytest.raises(ConfigError, match=r"text.answers=.*/listed.txt does not hold .* --resume .*/run text.answers="):
+        build._answers(run, None, tmp_path / "run", began.train)
+
+
+def test_validation_shards_that_would_fail_after_step_1(tmp_path: Path) -> None:
+    good = write_samples(tmp_path / "good", 12, 5, {})
+    given = tmp_path / "vocab.txt"
+    write_vocabulary([*SPECIAL_TOKENS, *WORDS], given)
+    common = (*SMALL, f"data.train={good}", "data.batch=4", "family.vocab=256", f"text.vocab={given}")
+
+    def request(val: str, *more: str) -> build.Request:
+        return build.Request(
+            config.load("quickstart", [*common, f"data.val={val}", *more]), "ds_configs/zero2.json", None
+        )
+
+    silent = write_samples(tmp_path / "silent", 3, 5, {1: sample(1)[:1]})
+    with pytest.raises(DataError, match=r"sample 's001' of shard .*silent.* has no caption"):
+        build.setup(request(silent))
+    with pytest.raises(DataError, match=r"empty.tar holds no samples"):
+        build.setup(request(str(write_tar(tmp_path / "empty.tar", []))))
 
 
 def test_a_family_of_regions_needs_shards_with_regions() -> None:

@@ -70,6 +70,12 @@ def test_another_run_is_refused_with_the_keys(out: Path, override: str, says: st
     assert "give another --out" in str(caught.value)
 
 
+def test_only_some_keys_are_asked_for(out: Path) -> None:
+    other = tree("optim.lr=1", "optim.scale.temperature=2", "optim.clip_each=1")
+    assert run_folder.differing(out, other, ("family", "optim.clip")) == ""
+    assert run_folder.differing(out, other, ("optim.scale",)) == "optim.scale.temperature (0.05 there, 2.0 here) differ"
+
+
 def test_many_differences_are_counted(out: Path) -> None:
     other = tree("seed=7", "data.batch=32", "family.hidden=8", "family.heads=2", "family.patch=4", "optim.clip=3")
     with pytest.raises(ConfigError, match="and 2 more differ"):

@@ -18,7 +18,7 @@ from vlscale import checkpoint, config, distributed, ds_config, engine, prefligh
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import answers as answer_data
-from vlscale.data import scenes
+from vlscale.data import held_out, scenes
 from vlscale.data import text as text_data
 from vlscale.data import views as view_data
 from vlscale.data.loader import Loader, Plan
@@ -29,15 +29,18 @@ from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError
+from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
+from vlscale.optim import KEPT
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Batch, Inputs
 from vlscale.weights import init_towers, init_whole, owners
 
 TOKENIZER = "tokenizer.json"
 ANSWERS = "answers.txt"
+FEW = 32  # validation samples whose texts are read at the start
 MOST_CAPTIONS = 100_000  # enough for a small vocabulary
 
 
@@ -117,8 +120,10 @@ def setup(request: Request) -> Setting:
         keep=run.checkpoint.keep,
         questions=_asks(run),
     )
+    preflight.check_count(val, 1)
     if run.family.inputs.image_size:
-        preflight.check_pictures(val, range(min(len(val), 1)))
+        preflight.check_pictures(val, range(1))
+    preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, _asks(run))
     noted = tuple(warnings) if distributed.rank() == 0 else ()
     return Setting(out, ds, device, train, val, tokenizer, vocabulary, tuple(answers), begin, noted)
 
@@ -180,13 +185,16 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
     if inputs.regions:
         for shards in (setting.train, setting.val):
             preflight.check_regions(shards, range(min(len(shards), 1)), inputs, model.fields())
+    micro_batch = setting.ds["train_micro_batch_size_per_gpu"]
+    if usual_task(model.family) == "pretext":  # retrieval makes do with any number
+        held_out.sizes(min(len(setting.val), run.evaluation.limit), micro_batch, distributed.world_size())
     loader = Loader(
         setting.train,
         setting.tokenizer,
         inputs,
         plan(run, setting.answers, model),
         batch=run.data.batch,
-        micro_batch=setting.ds["train_micro_batch_size_per_gpu"],
+        micro_batch=micro_batch,
         rank=distributed.rank(),
         world=distributed.world_size(),
         workers=_workers(run.data.workers),
@@ -269,10 +277,10 @@ def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
         assert request.out is not None
         return checkpoint.newest(request.out, warnings.append)
     found = checkpoint.find(request.resume, warnings.append)
-    model_keys = ("family", "objectives")
-    odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), model_keys)
-    if odd:
-        raise CheckpointError(f"--resume {request.resume} holds another model: {odd}; give its keys")
+    for what, keys in (("model", ("family", "objectives")), ("optimizer", tuple(f"optim.{key}" for key in KEPT))):
+        odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), keys)
+        if odd:
+            raise CheckpointError(f"--resume {request.resume} holds another {what}: {odd}; give its keys")
     return found
 
 
@@ -292,12 +300,16 @@ def _from_rank_0(make: Callable[[], str]) -> str:
 
 
 def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
-    """The tokenizer.json of what is given, of the run that goes on, or of a vocabulary built from the captions."""
+    """The tokenizer.json of the run that goes on, of what is given, or of a vocabulary built from the captions."""
     kept = (out if begin is None else checkpoint.run_folder(begin)) / TOKENIZER
-    if run.text.vocab is not None:
-        return text_data.read_tokenizer(run.text.vocab, run.text.cased)
+    given = None if run.text.vocab is None else text_data.read_tokenizer(run.text.vocab, run.text.cased)
     if kept.is_file():
-        return kept.read_text(encoding="utf-8")
+        text = kept.read_text(encoding="utf-8")
+        if given is not None:
+            _check_still(f"text.vocab={run.text.vocab}", json.loads(given), kept, json.loads(text))
+        return text
+    if given is not None:
+        return given
     texts = every_text(train, _asks(run), run.family.inputs.tags)
     cleaned = (text_data.clean_caption(text, run.text.kept_words) for text in texts)
     tokens = text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab, run.text.cased)
@@ -310,23 +322,35 @@ def _asks(run: RunConfig) -> bool:
 
 
 def _answers(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
-    """One answer a line: those of the file given, of the run that goes on, or the commonest of the training data."""
+    """One answer a line: those of the run that goes on, of the file given, or the commonest of the training data."""
     most = max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
     kept = (out if begin is None else checkpoint.run_folder(begin)) / ANSWERS
-    if run.text.answers is not None:
-        listed = answer_data.read_answers(Path(run.text.answers))
+    listed = None if run.text.answers is None else answer_data.read_answers(Path(run.text.answers))
+    if kept.is_file():
+        text = kept.read_text(encoding="utf-8")
+        if listed is not None:
+            _check_still(f"text.answers={run.text.answers}", listed, kept, text.splitlines())
+        return text
+    if listed is not None:
         if len(listed) > most:
             raise ConfigError(
                 f"text.answers lists {len(listed)} answers, but the objective tells {most} apart; "
                 f"write objectives.answer.answers={len(listed)}"
             )
         return "\n".join(listed)
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8")
     found = answer_data.common_answers(every_answer(train), most)
     if not found:
         raise DataError("views has pairs.answers, but data.train holds no question with an answer ('qa' of the json)")
     return "\n".join(found)
+
+
+def _check_still(option: str, now: object, kept: Path, began: object) -> None:
+    """ConfigError if the file that `option` names holds something else than when the run began."""
+    if now != began:
+        raise ConfigError(
+            f"{option} does not hold what the run began with and keeps in {kept}; put the old file back, or go on "
+            f"under another --out with --resume {kept.parent} {option.split('=')[0]}={kept}"
+        )
 
 
 def _tokenizer(vocabulary: str, inputs: Inputs) -> Tokenizer:

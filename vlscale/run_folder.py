@@ -46,7 +46,7 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
 
 
 def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...] = ()) -> str:
-    """The keys in which the run in `out` is another one, in words; empty = the same. `among`: top-level keys."""
+    """The keys in which the run in `out` is another one, in words; empty = the same. `among`: keys or sections."""
     try:
         old = yaml.safe_load((out / CONFIG).read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -54,7 +54,7 @@ def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...
     if not isinstance(old, dict):
         raise ConfigError(f"{out / CONFIG} cannot be read as a run's configuration; give another folder")
     found = [each for each in _differing(old, configuration) if not _may_change(each[0])]
-    found = [each for each in found if not among or each[0].split(".")[0] in among]
+    found = [each for each in found if not among or f"{each[0]}.".startswith(tuple(f"{key}." for key in among))]
     shown = ", ".join(f"{key} ({before!r} there, {after!r} here)" for key, before, after in found[:4])
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""
     return f"{shown}{more} differ" if found else ""

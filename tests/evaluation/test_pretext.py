@@ -166,6 +166,15 @@ def miniature(every: int, **more: Any) -> RunConfig:
     return config.from_tree("miniature", tree)
 
 
+def test_too_few_samples_are_told_before_the_first_step(tmp_path: Path) -> None:
+    from vlscale import build
+
+    run = miniature(0, evaluation={"limit": 1})
+    setting = build.setup(build.Request(run, "ds_configs/zero2.json", tmp_path / "run"))
+    with pytest.raises(DataError, match=r"1 validation samples are too few for 1 rank\(s\)"):
+        build.build_loader(run, setting, build.build_model(run))
+
+
 def in_one_process(folder: str) -> tuple[dict[str, Any], dict[str, float]]:
     """Runs with and without evaluations along the way, one of them measured again from its checkpoint; `untrained`."""
     from vlscale import evaluate, train

@@ -38,14 +38,8 @@ class HeldOutBatches:
         Raises:
             DataError: there are too few samples, or they cannot be used.
         """
-        rounds = sizes(self._number // world, self._batch)
-        if not rounds:
-            raise DataError(
-                f"{self._number} validation samples are too few for {world} rank(s) and micro-batches of "
-                f"{self._batch}; name more shards under data.val, or raise evaluation.limit"
-            )
         start = 0
-        for size in rounds:
+        for size in sizes(self._number, self._batch, world):
             first = start + rank * size
             loaded = self._make(range(first, first + size), task)
             if loaded.batch is None:
@@ -54,10 +48,20 @@ class HeldOutBatches:
             start += size * world
 
 
-def sizes(number: int, batch: int) -> list[int]:
-    """Of the micro-batches of a rank with so many samples."""
-    whole, rest = divmod(number, batch)
-    return [batch] * whole + ([rest] if rest > 1 else [])
+def sizes(number: int, batch: int, world: int) -> list[int]:
+    """Of the micro-batches of each rank, where all have so many samples.
+
+    Raises:
+        DataError: they are too few for one.
+    """
+    whole, rest = divmod(number // world, batch)
+    found = [batch] * whole + ([rest] if rest > 1 else [])
+    if not found:
+        raise DataError(
+            f"{number} validation samples are too few for {world} rank(s) and micro-batches of {batch}; "
+            f"name more shards under data.val, or raise evaluation.limit"
+        )
+    return found
 
 
 def _in_order(position: int) -> int:
