@@ -167,7 +167,9 @@ def test_a_wrong_value_is_answered_with_its_key(override: str, says: str) -> Non
 def test_unknown_recipes() -> None:
     with pytest.raises(ConfigError, match="no recipe 'quikstart'; did you mean 'quickstart'"):
         config.load("quikstart")
-    with pytest.raises(ConfigError, match=r"--recipe a/b.yaml: no such file; give a file, or one of albef_14m, albef_4m,"):
+    with pytest.raises(
+        ConfigError, match=r"--recipe a/b.yaml: no such file; give a file, or one of albef_14m, albef_4m,"
+    ):
         config.load("a/b.yaml")
 
 
