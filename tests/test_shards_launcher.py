@@ -21,6 +21,7 @@ from vlscale.data.formats import FORMATS
 from vlscale.data.shards import Shards
 from vlscale.data.write import Layout, make
 from vlscale.errors import DONE, ConfigError, DataError
+from vlscale.types import Inputs
 
 Printed = Callable[..., str]
 
@@ -69,7 +70,8 @@ def test_regions_that_training_reads(tmp_path: Path, printed: Printed) -> None:
     )
     shards = Shards(tmp_path / "out" / "train-000000.tar")
     wanted = frozenset({"classes", "attribute_confidence"})
-    found = samples.regions(shards, 0, 3, 6, wanted)
+    reads = Inputs(0, 20, True, regions=3, feats=6, boxes=4, classes=1600, geometry="corners")
+    found = samples.regions(shards, 0, reads, wanted)
     np.testing.assert_array_equal(found.feats, picture_arrays(1)["features"][:3])
     np.testing.assert_array_equal(found.fields["classes"], picture_arrays(1)["objects_id"][:3])
     assert samples.sentences(shards, 0, questions=True)[0].answer == "red"
