@@ -19,23 +19,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from vlscale.data.options import DataConfig
 from vlscale.data.text import AS_IT_IS
 from vlscale.errors import ConfigError, did_you_mean
 from vlscale.optim import OptimConfig
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where samples come from and how many make a step."""
-
-    train: tuple[str, ...] | None = None  # globs of tar shards; "embedded" = the drawn scenes
-    val: tuple[str, ...] | None = None
-    batch: int = 64  # samples per optimizer step over all ranks
-    micro_batch: int | None = None  # samples per rank and forward pass; None = batch / ranks, no accumulation
-    workers: int | None = None  # loader processes per rank; None = by machine
 
 
 @dataclass(frozen=True)
