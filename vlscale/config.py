@@ -115,7 +115,7 @@ class RunConfig:
     views: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     text: TextConfig = TextConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     momentum: MomentumConfig = MomentumConfig()
     init: InitConfig = InitConfig()
