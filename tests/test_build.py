@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from tests.shard_files import WORDS, sample, write_samples, write_tar
-from vlscale import build, config
+from vlscale import build, config, vocabulary
 from vlscale.data import scenes, text, views
 from vlscale.data.text import SPECIAL_TOKENS, write_vocabulary
 from vlscale.errors import ConfigError, DataError
@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_the_vocabulary_and_the_answers_that_it_began_with(tm
     began = build.setup(request)
     build.write_folder(run, began)
     assert build.setup(request).vocabulary == began.vocabulary
-    kept = tmp_path / "run" / build.TOKENIZER
+    kept = tmp_path / "run" / vocabulary.TOKENIZER
     assert json.loads(text.read_tokenizer(kept)) == json.loads(began.vocabulary)  # the way out that is named
     write_vocabulary([*SPECIAL_TOKENS, *reversed(WORDS)], given)
     with pytest.raises(ConfigError, match=r"text.vocab=.*/vocab.txt does not hold what the run began with"):
@@ -116,12 +116,12 @@ def test_a_run_goes_on_with_the_vocabulary_and_the_answers_that_it_began_with(tm
     listed = tmp_path / "listed.txt"
     run = config.load("lxmert_tiny", [f"text.answers={listed}"])
     listed.write_text("yes\nno\n")
-    answers = build._answers(run, None, tmp_path / "run", began.train)
-    (tmp_path / "run" / build.ANSWERS).write_text(f"{answers}\n")
-    assert build._answers(run, None, tmp_path / "run", began.train).splitlines() == ["yes", "no"]
+    answers = vocabulary.find_answers(run.text, tmp_path / "run", began.train, 9500)
+    (tmp_path / "run" / vocabulary.ANSWERS).write_text(f"{answers}\n")
+    assert vocabulary.find_answers(run.text, tmp_path / "run", began.train, 9500).splitlines() == ["yes", "no"]
     listed.write_text("no\nyes\n")
     with pytest.raises(ConfigError, match=r"text.answers=.*/listed.txt does not hold .* --resume .*/run text.answers="):
-        build._answers(run, None, tmp_path / "run", began.train)
+        vocabulary.find_answers(run.text, tmp_path / "run", began.train, 9500)
 
 
 def test_validation_shards_that_would_fail_after_step_1(tmp_path: Path) -> None:

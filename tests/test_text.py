@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from tests.shard_files import INPUTS, WORDS, make_tokenizer
-from vlscale import build, config
+from vlscale import build, config, vocabulary
 from vlscale.data.text import (
     AS_IT_IS,
     SPECIAL_TOKENS,
@@ -247,7 +247,7 @@ def setup(tmp_path: Path, recipe: str) -> tuple[config.RunConfig, build.Setting]
 def test_the_run_folder_keeps_the_tokenizer(tmp_path: Path) -> None:
     run, setting = setup(tmp_path, "clip_tiny")
     build.write_folder(run, setting)
-    kept = Tokenizer(tmp_path / "run" / build.TOKENIZER, run.family.inputs)
+    kept = Tokenizer(tmp_path / "run" / vocabulary.TOKENIZER, run.family.inputs)
     assert kept.encode("a dog's").tolist() == setting.tokenizer.encode("a dog's").tolist() == [17, 1 + 6, 15, 16, 18]
 
 

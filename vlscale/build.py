@@ -7,41 +7,33 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder
+from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
-from vlscale.data import answers as answer_data
 from vlscale.data import held_out, scenes
-from vlscale.data import text as text_data
 from vlscale.data import views as view_data
 from vlscale.data.loader import Loader, Plan
 from vlscale.data.order import TaskOrder
-from vlscale.data.samples import every_answer, every_text
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError
+from vlscale.errors import CheckpointError, ConfigError, VlscaleError
 from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
 from vlscale.optim import KEPT
 from vlscale.recompute import set_activation_checkpointing
-from vlscale.types import Batch, Inputs
+from vlscale.types import Batch
 from vlscale.weights import init_towers, init_whole, owners
 
-TOKENIZER = "tokenizer.json"
-ANSWERS = "answers.txt"
 FEW = 32  # validation samples whose texts are read at the start
-MOST_CAPTIONS = 100_000  # enough for a small vocabulary
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class Setting:
     train: Shards
     val: Shards
     tokenizer: Tokenizer
-    vocabulary: str  # the text of its tokenizer.json
+    vocabulary: str  # the text of the tokenizer's tokenizer.json
     answers: tuple[str, ...]  # of questions, by number; none where no objective asks
     begin: Checkpoint | None  # what the run goes on from
     warnings: tuple[str, ...]  # of rank 0; for the log, once there is one
@@ -105,27 +97,30 @@ def setup(request: Request) -> Setting:
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     told = {"checkpoint to go on from": str(begin and begin.folder), "ds_config": json.dumps(ds, sort_keys=True)}
     distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
-    vocabulary = _from_rank_0(lambda: _vocabulary(run, begin, out, train))
-    answers = _from_rank_0(lambda: _answers(run, begin, out, train)).splitlines() if _asks(run) else []
-    tokenizer = _tokenizer(vocabulary, run.family.inputs)
-    _check_tokenizer(run, tokenizer)
+    asks, inputs = _asks(run), run.family.inputs
+    began = out if begin is None else checkpoint.run_folder(begin)
+    found = {"questions": asks, "tags": inputs.tags}
+    kept = _from_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **found))
+    answers = _from_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run))) if asks else ""
+    tokenizer = vocabulary.make_tokenizer(kept, inputs)
+    vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))
     preflight.check(
         train,
         tokenizer,
-        run.family.inputs,
+        inputs,
         batch=run.data.batch,
         max_words=run.text.kept_words,
         out=out,
         checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
-        questions=_asks(run),
+        questions=asks,
     )
     preflight.check_count(val, 1)
-    if run.family.inputs.image_size:
+    if inputs.image_size:
         preflight.check_pictures(val, range(1))
-    preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, _asks(run))
+    preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, asks)
     noted = tuple(warnings) if distributed.rank() == 0 else ()
-    return Setting(out, ds, device, train, val, tokenizer, vocabulary, tuple(answers), begin, noted)
+    return Setting(out, ds, device, train, val, tokenizer, kept, tuple(answers.splitlines()), begin, noted)
 
 
 def write_folder(run: RunConfig, setting: Setting) -> None:
@@ -133,9 +128,10 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.rank() == 0:
         run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
-        checkpoint.write_atomically(setting.out / TOKENIZER, setting.vocabulary)
+        checkpoint.write_atomically(setting.out / vocabulary.TOKENIZER, setting.vocabulary)
         if setting.answers:
-            checkpoint.write_atomically(setting.out / ANSWERS, "".join(f"{answer}\n" for answer in setting.answers))
+            listed = "".join(f"{answer}\n" for answer in setting.answers)
+            checkpoint.write_atomically(setting.out / vocabulary.ANSWERS, listed)
     distributed.barrier()
 
 
@@ -299,77 +295,14 @@ def _from_rank_0(make: Callable[[], str]) -> str:
     return distributed.from_rank_0(text)
 
 
-def _vocabulary(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
-    """The tokenizer.json of the run that goes on, of what is given, or of a vocabulary built from the captions."""
-    kept = (out if begin is None else checkpoint.run_folder(begin)) / TOKENIZER
-    given = None if run.text.vocab is None else text_data.read_tokenizer(run.text.vocab, run.text.cased)
-    if kept.is_file():
-        text = kept.read_text(encoding="utf-8")
-        if given is not None:
-            _check_still(f"text.vocab={run.text.vocab}", json.loads(given), kept, json.loads(text))
-        return text
-    if given is not None:
-        return given
-    texts = every_text(train, _asks(run), run.family.inputs.tags)
-    cleaned = (text_data.clean_caption(text, run.text.kept_words) for text in texts)
-    tokens = text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), run.family.vocab, run.text.cased)
-    return text_data.wordpiece(tokens, run.text.cased)
-
-
 def _asks(run: RunConfig) -> bool:
     """Whether questions take part."""
     return "pairs.answers" in run.views
 
 
-def _answers(run: RunConfig, begin: Checkpoint | None, out: Path, train: Shards) -> str:
-    """One answer a line: those of the run that goes on, of the file given, or the commonest of the training data."""
-    most = max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
-    kept = (out if begin is None else checkpoint.run_folder(begin)) / ANSWERS
-    listed = None if run.text.answers is None else answer_data.read_answers(Path(run.text.answers))
-    if kept.is_file():
-        text = kept.read_text(encoding="utf-8")
-        if listed is not None:
-            _check_still(f"text.answers={run.text.answers}", listed, kept, text.splitlines())
-        return text
-    if listed is not None:
-        if len(listed) > most:
-            raise ConfigError(
-                f"text.answers lists {len(listed)} answers, but the objective tells {most} apart; "
-                f"write objectives.answer.answers={len(listed)}"
-            )
-        return "\n".join(listed)
-    found = answer_data.common_answers(every_answer(train), most)
-    if not found:
-        raise DataError("views has pairs.answers, but data.train holds no question with an answer ('qa' of the json)")
-    return "\n".join(found)
-
-
-def _check_still(option: str, now: object, kept: Path, began: object) -> None:
-    """ConfigError if the file that `option` names holds something else than when the run began."""
-    if now != began:
-        raise ConfigError(
-            f"{option} does not hold what the run began with and keeps in {kept}; put the old file back, or go on "
-            f"under another --out with --resume {kept.parent} {option.split('=')[0]}={kept}"
-        )
-
-
-def _tokenizer(vocabulary: str, inputs: Inputs) -> Tokenizer:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / TOKENIZER
-        path.write_text(vocabulary, encoding="utf-8")
-        return Tokenizer(path, inputs)
-
-
-def _check_tokenizer(run: RunConfig, tokenizer: Tokenizer) -> None:
-    """ConfigError if it has more tokens than the model, or cannot mask as the views ask."""
-    if tokenizer.vocab_size > run.family.vocab:
-        raise ConfigError(
-            f"the vocabulary has {tokenizer.vocab_size} entries, but family.vocab={run.family.vocab}; "
-            f"write family.vocab={tokenizer.vocab_size}"
-        )
-    for view in view_data.parse(run.views, run.family.inputs.regions > 0).text.values():
-        if view.mask_tokens is not None:
-            view.mask_tokens.check(tokenizer)
+def _most_answers(run: RunConfig) -> int:
+    """How many answers the objectives tell apart."""
+    return max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
 
 
 def _checkpoint_bytes(run: RunConfig) -> int:

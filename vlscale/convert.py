@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlscale import build, checkpoint, config, masters, run_folder, weights
+from vlscale import checkpoint, config, masters, run_folder, vocabulary, weights
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean
 from vlscale.families.base import Renames, Size
@@ -225,7 +225,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]
 
 def _end_token(folder: Path, sizes: Any) -> int:
     """The id that ends a text: of the run's tokenizer, else the last one, as in CLIP's."""
-    file = folder / build.TOKENIZER
+    file = folder / vocabulary.TOKENIZER
     found = Tokenizer(file, sizes.inputs).sep if file.is_file() else None
     return int(sizes.vocab) - 1 if found is None else found
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from vlscale import build, checkpoint, config, run_folder
+from vlscale import build, checkpoint, config, run_folder, vocabulary
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError
@@ -38,9 +38,10 @@ def evaluate(
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data)) if data else build.open_shards(run)[1]
-    tokenizer = Tokenizer(folder / build.TOKENIZER, run.family.inputs)
+    tokenizer = Tokenizer(folder / vocabulary.TOKENIZER, run.family.inputs)
     model = load_model(found, run)
-    answers = (folder / build.ANSWERS).read_text().splitlines() if (folder / build.ANSWERS).is_file() else []
+    listed = folder / vocabulary.ANSWERS
+    answers = listed.read_text().splitlines() if listed.is_file() else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held = HeldOut(
         model.to(device),
