@@ -39,19 +39,24 @@ def make(argv: list[str]) -> int:
     for name, metavar, text in (
         ("--vocab", "FILE", "vocab.txt that the token ids of uniter_lmdb are of"),
         ("--class_names", "FILE", "the detector's class names, one per line; they become tags"),
+        ("--images", "DIR", "folder that relative picture paths are in; default: beside their file"),
     ):
         parser.add_argument(name, type=Path, default=None, metavar=metavar, help=text)
     parser.add_argument("--from", dest="format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or folders in that format")
     text = "texts of the pictures: json, jsonl, csv or tsv; for uniter_lmdb its text DBs"
     parser.add_argument("--captions", nargs="+", type=Path, default=(), metavar="FILE", help=text)
+    text = "parts to take of a file that holds several: train, restval, val, test; default: all"
+    parser.add_argument("--split", nargs="+", default=(), metavar="NAME", help=text)
     _layout_options(parser)
     options = _parse(parser, argv)
 
     from vlscale.data import formats, write
 
     layout = _layout(options)
-    source = formats.open_source(options.format, options.source, options.captions, options.vocab, options.class_names)
+    names = ("captions", "vocab", "class_names", "images", "split")
+    chosen = {name: getattr(options, name) for name in names}
+    source = formats.open_source(options.format, options.source, **chosen)
     return _told(write.make(source, layout, SHOWN))
 
 

@@ -37,6 +37,7 @@ class Sample(NamedTuple):
     record: dict[str, object]  # what its json holds
     picture: tuple[str, bytes] | None = None  # field (`jpg`, `png`, `webp`) and the bytes as they are
     regions: Detections | None = None
+    more: tuple[tuple[str, bytes], ...] = ()  # further members: the second picture (`1.jpg`), a clip (`mp4`)
 
 
 class Source(Protocol[_Item]):
@@ -155,8 +156,8 @@ def _in_order(job: _Job, processes: int) -> Iterator[Member]:
 
 
 def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
-    """The members of a sample by field: its picture, `regions.npz`, `json`. ValueError if its regions are broken."""
-    fields = dict([sample.picture] if sample.picture else [])
+    """The members of a sample by field: pictures, `regions.npz`, `json`. ValueError if its regions are broken."""
+    fields = dict([*([sample.picture] if sample.picture else []), *sample.more])
     if sample.regions:
         fields["regions.npz"] = write_regions(sample.regions, dtype)
     fields["json"] = json.dumps(sample.record, ensure_ascii=False).encode()

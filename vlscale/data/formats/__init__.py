@@ -21,21 +21,25 @@ def open_source(
     captions: Sequence[Path] = (),
     vocab: Path | None = None,
     class_names: Path | None = None,
+    images: Path | None = None,
+    split: Sequence[str] = (),
 ) -> Source[Any]:
     """The source that `paths` hold in format `name`.
 
     `captions` are files (for `uniter_lmdb` the text DBs' folders), `vocab` the vocab.txt of token ids, `class_names`
-    the names of the detector's classes, one per line. ConfigError for a wrong option, DataError for a path that is
-    missing or holds something else.
+    the names of the detector's classes, one per line, `images` the folder that relative picture paths are in, `split`
+    the parts to take of a file that holds several (all if empty). ConfigError for a wrong option, DataError for a path
+    that is missing or holds something else.
     """
     if name not in FORMATS:
         raise ConfigError(f"no format '{name}'{did_you_mean(name, FORMATS)}")
     found = [Path(path).expanduser() for path in paths]
-    for path in [*found, *captions, *(path for path in (vocab, class_names) if path)]:
+    for path in [*found, *captions, *(path for path in (vocab, class_names, images) if path)]:
         if not path.exists():
             there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             near = did_you_mean(path.name, there) if len(there) < 1_000 else ""
             raise DataError(f"there is no '{path}'{near if near.startswith('; did') else ''}")
     module = importlib.import_module(f"vlscale.data.formats.{name}")
-    source: Source[Any] = module.source(found, module.Options(tuple(captions), vocab, class_names))
+    options = module.Options(tuple(captions), vocab, class_names, images, tuple(split))
+    source: Source[Any] = module.source(found, options)
     return source

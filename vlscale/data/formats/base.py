@@ -43,6 +43,8 @@ class Options(NamedTuple):
     captions: tuple[Path, ...] = ()
     vocab: Path | None = None
     class_names: Path | None = None
+    images: Path | None = None  # folder that relative picture paths are in
+    split: tuple[str, ...] = ()  # which parts of a file that holds several; empty: all
 
 
 def optional(module: str) -> Any:
