@@ -185,9 +185,9 @@ def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
     shards = Shards(write_samples(tmp_path / "shards", count, count, special), tmp_path / "cache")
     views = {"all": parse({"text.clean": {}, "pairs.mismatch": {"prob": 1.0}}, regions=True)}
     plan = Plan(views, TaskOrder({"all": 1.0}, 0), 0)
-    make = MicroBatches(shards, make_tokenizer(tmp_path, REGIONS), REGIONS, plan, lambda position: position % count)
+    make = MicroBatches(shards, make_tokenizer(tmp_path, REGIONS), REGIONS, plan, lambda positions: positions % count)
     for start in range(0, 600, 50):
-        made = make(range(start, start + 50), "all")
+        made = make(np.arange(start, start + 50), "all")
         assert made.batch is not None, made.error
         assert len(made.batch) == 50
         assert {bad.key for bad in made.bad} <= {"s7"}

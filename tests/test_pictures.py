@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from tests.shard_files import INPUTS, make_tokenizer, sample, write_samples
 from vlscale.data.augment import KeepRatio, OptionError
+from vlscale.data.batches import Even
 from vlscale.data.loader import Loader, Plan
-from vlscale.data.order import TaskOrder
+from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.pictures import pad_pictures
 from vlscale.data.shards import Shards
 from vlscale.data.views import parse
@@ -149,7 +150,8 @@ def loader_of(folder: Path, any_size: bool) -> Loader:
     shards = Shards(write_samples(folder / "shards", 2, 2, listed), folder / "cache")
     plan = Plan({"all": parse(VIEWS)}, TaskOrder({"all": 1.0}, 0), 0)
     inputs = replace(INPUTS, any_size=any_size)
-    return Loader(shards, make_tokenizer(folder), inputs, plan, batch=2, micro_batch=2, rank=0, world=1, workers=0)
+    order = Order([Source("data", (0, 2))], 0)
+    return Loader(shards, make_tokenizer(folder), inputs, plan, order, Even(2, 2, 0, 1), 0)
 
 
 def test_the_loader_pads_them(tmp_path: Path) -> None:

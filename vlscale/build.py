@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +17,11 @@ from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out, scenes
 from vlscale.data import views as view_data
+from vlscale.data.batches import Even
 from vlscale.data.loader import Loader, Plan
-from vlscale.data.order import TaskOrder
+from vlscale.data.order import Source, TaskOrder
 from vlscale.data.shards import Shards
+from vlscale.data.sources import EMBEDDED, make_order, named, open_sources
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
@@ -54,6 +56,7 @@ class Setting:
     ds: dict[str, Any]
     device: torch.device
     train: Shards
+    sources: tuple[Source, ...]  # of `train`
     val: Shards
     tokenizer: Tokenizer
     vocabulary: str  # the text of the tokenizer's tokenizer.json
@@ -92,7 +95,8 @@ def setup(request: Request) -> Setting:
     if begin is not None:
         checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
     _threads()
-    train, val = open_shards(run)
+    train, sources, val = open_shards(run)
+    make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     told = {"checkpoint to go on from": str(begin and begin.folder), "ds_config": json.dumps(ds, sort_keys=True)}
@@ -120,7 +124,7 @@ def setup(request: Request) -> Setting:
         preflight.check_pictures(val, range(1))
     preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, asks)
     noted = tuple(warnings) if distributed.rank() == 0 else ()
-    return Setting(out, ds, device, train, val, tokenizer, kept, tuple(answers.splitlines()), begin, noted)
+    return Setting(out, ds, device, train, sources, val, tokenizer, kept, tuple(answers.splitlines()), begin, noted)
 
 
 def write_folder(run: RunConfig, setting: Setting) -> None:
@@ -135,17 +139,24 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
     distributed.barrier()
 
 
-def open_shards(run: RunConfig) -> tuple[Shards, Shards]:
+class Opened(NamedTuple):
+    """The data of a run."""
+
+    train: Shards
+    sources: tuple[Source, ...]  # of `train`
+    val: Shards
+
+
+def open_shards(run: RunConfig) -> Opened:
     """The training and validation shards; `embedded` draws them on first use."""
-    embedded = ("embedded",) in (run.data.train, run.data.val)
-    drawn = scenes.ensure(regions=run.family.inputs.regions > 0) if embedded else None
-    out = []
-    for key in ("train", "val"):
-        given = getattr(run.data, key)
-        if not given:
+    given = {"train": run.data.train, "val": run.data.val}
+    for key, value in given.items():
+        if not value:
             raise ConfigError(f"recipe '{run.recipe}' names no data.{key}; write data.{key}='FOLDER/*.tar'")
-        out.append(Shards(getattr(drawn, key) if given == ("embedded",) else list(given)))
-    return out[0], out[1]
+    embedded = any(EMBEDDED in globs for value in given.values() for globs in named(value or ()).values())
+    drawn = scenes.ensure(regions=run.family.inputs.regions > 0) if embedded else None
+    train, sources = open_sources(given["train"] or (), drawn.train if drawn else ())
+    return Opened(train, sources, open_sources(given["val"] or (), drawn.val if drawn else ())[0])
 
 
 def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: None) -> PretrainModel:
@@ -189,11 +200,9 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         setting.tokenizer,
         inputs,
         plan(run, setting.answers, model),
-        batch=run.data.batch,
-        micro_batch=micro_batch,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-        workers=_workers(run.data.workers),
+        make_order(setting.sources, run.data, run.seed),
+        Even(run.data.batch, micro_batch, distributed.rank(), distributed.world_size()),
+        _workers(run.data.workers),
     )
     if setting.begin is not None:
         loader.load_state(setting.begin.state["loader"])
@@ -208,8 +217,8 @@ def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int)
 
     def first(task: str) -> Batch:
         only = replace(plan(run, setting.answers, model), tasks=TaskOrder({task: 1.0}, run.seed))
-        alone = {"batch": few, "micro_batch": few, "rank": 0, "world": 1, "workers": 0}
-        loader = Loader(setting.train, setting.tokenizer, run.family.inputs, only, **alone)
+        order = make_order(setting.sources, run.data, run.seed)
+        loader = Loader(setting.train, setting.tokenizer, run.family.inputs, only, order, Even(few, few, 0, 1), 0)
         return next(iter(loader.steps(0, 1)))[1][0]
 
     return {task: first(task) for task in model.tasks}
@@ -249,10 +258,17 @@ def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int)
     going_on = f", going on after step {start}" if start else ""
     return (
         f"{run.recipe}: {run.family_name} with {', '.join(run.objectives)}, {trainable / 1e6:.1f} M trainable "
-        f"parameters, {len(setting.train)} training samples, batch {run.data.batch} on "
+        f"parameters, {len(setting.train)} training samples{_mixed(run, setting)}, batch {run.data.batch} on "
         f"{distributed.world_size()} {setting.device.type} rank(s), ZeRO {ds_config.stage(setting.ds)} "
         f"{ds_config.precision(setting.ds)}, {run.steps} steps, in {setting.out}{going_on}"
     )
+
+
+def _mixed(run: RunConfig, setting: Setting) -> str:
+    """How their order is made, where it is not one shuffle of all."""
+    weights = [f"{name} {weight:g}" for name, weight in run.data.weights.items()]
+    shares = f" of {', '.join(weights)} by {run.data.mix}" if weights else ""
+    return shares + (f" shuffled {run.data.window} at a time" if run.data.shuffle == "windowed" else "")
 
 
 def _objective(name: str, options: Any, family: Family) -> Objective:

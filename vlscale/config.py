@@ -140,6 +140,7 @@ AT_LEAST_1 = (
     "steps",
     "data.batch",
     "data.micro_batch",
+    "data.window",
     "text.max_words",
     "optim.warmup_stair",
     "optim.stair",

@@ -12,6 +12,7 @@ from vlscale import build, checkpoint, config, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data.loader import Loader
+from vlscale.data.samples import Bad
 from vlscale.engine import Engine, StepReport
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
@@ -42,7 +43,7 @@ class Record:
         self._clock = StepClock(setting.device)
         self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
         self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
-        self._named = len(loader.bad)
+        self._named: set[Bad] = set()
 
     def timed(self, steps: Any) -> Any:
         """The loader's steps, with the time spent waiting for them noted."""
@@ -58,9 +59,10 @@ class Record:
     ) -> None:
         """Note a step; at log steps, write its line."""
         self._skipped += not report.applied
-        for bad in self._loader.bad[self._named :]:
-            self._monitor.warn(f"sample '{bad.key}' of shard {bad.shard} is skipped: {bad.reason}")
-        self._named = len(self._loader.bad)
+        for bad in self._loader.take_bad():
+            if bad not in self._named:
+                self._named.add(bad)
+                self._monitor.warn(f"sample '{bad.key}' of shard {bad.shard} is skipped: {bad.reason}")
         self._clock.step(batches)
         run = self._run
         if step % run.logging.every and step not in (1, run.steps):
@@ -68,7 +70,8 @@ class Record:
         ranks = distributed.world_size()
         values: dict[str, Any] = {
             "samples_seen": step * run.data.batch,
-            "epoch": step * run.data.batch // self._loader.num_samples,
+            "epoch": self._loader.order.epoch(step * run.data.batch),
+            **self._passes(step * run.data.batch),
             "task": batches[0].task,
             **mean_losses(self._model, losses, shares),
             **self._queues(step),
@@ -114,6 +117,12 @@ class Record:
         """How many were skipped so far on all ranks."""
         return sum(int(str(count)) for count in distributed.gather_objects(self._loader.bad_samples))
 
+    def _passes(self, samples: int) -> dict[str, float]:
+        """`epoch/<source>`: how often each source was gone through, where weights mix several."""
+        order = self._loader.order
+        mixed = len(order.sources) > 1
+        return {f"epoch/{name}": passes for name, passes in order.passes(samples).items()} if mixed else {}
+
     def _queues(self, step: int) -> dict[str, float]:
         """How full and how old the key queues are; of sharded ones, the mean over ranks."""
         sums = distributed.sum_over_ranks(self._model.queue_metrics(step))
@@ -155,6 +164,7 @@ def mean_losses(
 
 
 def global_keys(batches: Sequence[Batch]) -> list[str]:
-    """The keys of the step's samples in global order: micro-batch by micro-batch, rank by rank."""
-    everywhere: list[Any] = distributed.gather_objects([batch.keys for batch in batches])
-    return [key for number in range(len(batches)) for keys in everywhere for key in keys[number]]
+    """The keys of the step's samples in global order, that of their positions."""
+    mine = [pair for batch in batches for pair in zip(batch.positions, batch.keys, strict=True)]
+    everywhere: list[Any] = distributed.gather_objects(mine)
+    return [key for _, key in sorted(pair for pairs in everywhere for pair in pairs)]

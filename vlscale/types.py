@@ -62,6 +62,7 @@ class Batch:
     visual: dict[str, Visual]
     pair_id: Tensor  # [B] int64, equal for samples of the same picture
     keys: tuple[str, ...] = ()  # sample keys, in order
+    positions: tuple[int, ...] = ()  # of the samples in the endless stream that the loader serves
     task: str = "all"
     matched: Tensor | None = None  # [B] bool, None = every pair matches
     # [B] bool or int64: 0 = all its own, 1 = another picture's tags, 2 = another picture's words; None = all 0
@@ -77,7 +78,9 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """The first `count` samples."""
-        return replace(self.each(lambda tensor: tensor[:count]), keys=self.keys[:count])
+        return replace(
+            self.each(lambda tensor: tensor[:count]), keys=self.keys[:count], positions=self.positions[:count]
+        )
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed; a tensor that several views share is changed once."""

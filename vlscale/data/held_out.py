@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from vlscale.data.loader import MicroBatches, Plan
 from vlscale.data.shards import Shards
+from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
 from vlscale.errors import DataError
 from vlscale.types import Batch, Inputs
@@ -41,7 +44,7 @@ class HeldOutBatches:
         start = 0
         for size in sizes(self._number, self._batch, world):
             first = start + rank * size
-            loaded = self._make(range(first, first + size), task)
+            loaded = self._make(np.arange(first, first + size), task)
             if loaded.batch is None:
                 raise DataError(loaded.error)
             yield replace(loaded.batch, pair_id=loaded.batch.pair_id + FIRST_ID)
@@ -64,5 +67,5 @@ def sizes(number: int, batch: int, world: int) -> list[int]:
     return found
 
 
-def _in_order(position: int) -> int:
-    return position
+def _in_order(positions: Numbers) -> Numbers:
+    return positions

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlscale.data.assemble import Assembler, Texts
+from vlscale.data.batches import Batching
 from vlscale.data.collate import Sample, collate
 from vlscale.data.order import Draws, Order, TaskOrder
 from vlscale.data.samples import Bad, BrokenSampleError
 from vlscale.data.shards import Shards
+from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
@@ -56,9 +58,9 @@ class MicroBatches:
     """Micro-batches of any positions."""
 
     def __init__(
-        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, order: Callable[[int], int]
+        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, order: Callable[[Numbers], Numbers]
     ) -> None:
-        """`order` gives the number of the sample that stands at a position.
+        """`order` gives the numbers of the samples that stand at positions.
 
         ConfigError if `keep_ratio` is asked of a family that reads squares.
         """
@@ -71,21 +73,21 @@ class MicroBatches:
         self._num_samples = len(shards)
         self._pad = tokenizer.pad
 
-    def __call__(self, positions: range, task: str) -> Loaded:
+    def __call__(self, positions: Numbers, task: str) -> Loaded:
         """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
         bad: list[Bad] = []
         draws = Draws(self._plan.seed)
         views = self._plan.views[task]
         try:
-            samples = [self._sample(position, views, draws, bad) for position in positions]
+            places = zip(positions.tolist(), self._order(positions).tolist(), strict=True)
+            samples = [self._sample(position, index, views, draws, bad) for position, index in places]
             batch = collate(samples, self._pad, task, "targets" in self._plan.fields, views.keep_ratio())
-            return Loaded(batch, tuple(bad))
+            return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
         except DataError as error:
             return Loaded(None, tuple(bad), str(error))
 
-    def _sample(self, position: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
-        """The sample at `position`, or the next one that can be used; every try draws its partner anew."""
-        index = self._order(position)
+    def _sample(self, position: int, index: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
+        """The sample `index` at `position`, or the next one that can be used; every try draws its partner anew."""
         for attempt in range(MAX_BROKEN_IN_A_ROW):
             again = f"/{attempt}" if attempt else ""
             try:
@@ -103,35 +105,22 @@ def _draw(draws: Draws, position: int, again: str, stream: str) -> np.random.Gen
 
 
 class _Numbered(Dataset[Loaded]):
-    """Micro-batch number m of this rank, as a function of m alone."""
+    """Micro-batch number m of this rank, counted from the first step, as a function of m alone."""
 
-    def __init__(self, make: MicroBatches, tasks: TaskOrder, place: _Place) -> None:
+    def __init__(self, make: MicroBatches, tasks: TaskOrder, batching: Batching) -> None:
         self.make = make
         self.tasks = tasks
-        self.place = place
+        self.batching = batching
 
     def __getitem__(self, number: int) -> Loaded:
-        start = self.place(number)
-        positions = range(start, start + self.place.micro_batch)
-        return self.make(positions, self.tasks(number // self.place.per_step + 1))
-
-
-class _Place:
-    """Where the n-th micro-batch of a rank starts in the endless stream of positions."""
-
-    def __init__(self, batch: int, micro_batch: int, rank: int, world: int) -> None:
-        self.batch, self.micro_batch, self.rank, self.world = batch, micro_batch, rank, world
-        self.per_step = batch // (micro_batch * world)
-
-    def __call__(self, number: int) -> int:
-        step, m = divmod(number, self.per_step)
-        return step * self.batch + (m * self.world + self.rank) * self.micro_batch
+        before, within = divmod(number, self.batching.per_step)
+        return self.make(self.batching(before + 1, within), self.tasks(before + 1))
 
 
 class Loader:
     """The training samples of one rank, step by step.
 
-    `bad` names each sample that was skipped, once; `bad_samples` counts how often that happened on this rank.
+    `bad_samples` counts how often a sample was skipped on this rank.
     """
 
     def __init__(
@@ -140,36 +129,30 @@ class Loader:
         tokenizer: Tokenizer,
         inputs: Inputs,
         plan: Plan,
-        *,
-        batch: int,
-        micro_batch: int,
-        rank: int,
-        world: int,
+        order: Order,
+        batching: Batching,
         workers: int,
     ) -> None:
-        """`batch` counts the samples of a step over all ranks, `micro_batch` those of one forward pass.
+        """`order` numbers the samples of `shards`.
 
-        With 0 `workers` a thread works ahead, else that many processes. ConfigError if `batch` is no multiple of
-        micro_batch * world, or if `keep_ratio` is asked of a family that reads squares; DataError if there are no
-        samples.
+        With 0 `workers` a thread works ahead, else that many processes. ConfigError if `keep_ratio` is asked of a
+        family that reads squares.
         """
-        check_batch(batch, micro_batch, world)
-        self._place = _Place(batch, micro_batch, rank, world)
-        make = MicroBatches(shards, tokenizer, inputs, plan, Order(len(shards), plan.seed).index)
-        self._batches = _Numbered(make, plan.tasks, self._place)
-        self._seed = plan.seed
+        make = MicroBatches(shards, tokenizer, inputs, plan, order)
+        self.order = order
+        self._batches = _Numbered(make, plan.tasks, batching)
+        self._per_step = batching.per_step
         self._workers = workers
         self._fingerprint = shards.fingerprint()
-        self.num_samples = len(shards)
         self.bad_samples = 0
-        self.bad: list[Bad] = []
+        self._bad: list[Bad] = []
 
     def steps(self, start: int, stop: int) -> Generator[tuple[int, list[Batch]], None, None]:
         """(step, this rank's micro-batches) for steps start + 1 .. stop; one step is loaded ahead.
 
         Closing the iterator ends its thread and processes. DataError if the data cannot be read.
         """
-        per_step = self._place.per_step
+        per_step = self._per_step
         numbers = range(start * per_step, stop * per_step)
         micro_batches: list[Batch] = []
         ahead = _Ahead(iter(self._load(numbers)), per_step, pin=torch.cuda.is_available())
@@ -194,7 +177,7 @@ class Loader:
             batch_size=None,  # an item is a micro-batch already
             sampler=numbers,
             num_workers=self._workers,
-            prefetch_factor=max(2, -(-self._place.per_step // self._workers)),
+            prefetch_factor=max(2, -(-self._per_step // self._workers)),
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             multiprocessing_context=workers,
@@ -202,46 +185,35 @@ class Loader:
 
     def _account(self, loaded: Loaded) -> Batch:
         self.bad_samples += len(loaded.bad)
-        self.bad.extend(bad for bad in dict.fromkeys(loaded.bad) if bad not in self.bad)
+        self._bad.extend(loaded.bad)
         if loaded.batch is None:
             raise DataError(loaded.error)
         return loaded.batch
 
+    def take_bad(self) -> list[Bad]:
+        """The samples that were skipped since the last call, each as often as it was."""
+        taken, self._bad = self._bad, []
+        return taken
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: which data these are, and what was skipped; the step tells the place."""
+        """What a checkpoint keeps: which data these are; the step tells the place."""
         return {
             "fingerprint": self._fingerprint,
-            "num_samples": self.num_samples,
-            "seed": self._seed,
+            "num_samples": self.order.num_samples,
+            "seed": self.order.seed,
             "bad_samples": self.bad_samples,
-            "bad": [list(bad) for bad in self.bad],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`. DataError if the shards are others, ConfigError if the seed is."""
-        if state["seed"] != self._seed:
-            raise ConfigError(f"seed={self._seed} is not the run's; write seed={state['seed']}")
+        if state["seed"] != self.order.seed:
+            raise ConfigError(f"seed={self.order.seed} is not the run's; write seed={state['seed']}")
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
-                f"the shards of data.train ({self.num_samples} samples) are not those the run began with "
+                f"the shards of data.train ({self.order.num_samples} samples) are not those the run began with "
                 f"({state['num_samples']} samples); name the same shards in the same order, or start anew"
             )
         self.bad_samples = state["bad_samples"]
-        self.bad = [Bad(*bad) for bad in state["bad"]]
-
-
-def check_batch(batch: int, micro_batch: int, world: int) -> None:
-    """ConfigError unless a step of `batch` samples splits into micro-batches of equal size on every rank."""
-    if batch < 1 or micro_batch < 1:
-        raise ConfigError(f"data.batch={batch} and data.micro_batch={micro_batch}: both should be at least 1")
-    unit = micro_batch * world
-    if batch % unit:
-        below, above = batch // unit * unit, -(-batch // unit) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"data.batch={batch} is not a multiple of data.micro_batch={micro_batch} times {world} ranks; "
-            f"write data.batch={near}"
-        )
 
 
 def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:

@@ -1,0 +1,60 @@
+"""`data.train` and `data.val`: one data set, or several by name that are mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vlscale.data.options import DataConfig
+from vlscale.data.order import Order, Source
+from vlscale.data.shards import Shards, expand
+from vlscale.errors import ConfigError, did_you_mean
+
+Given = Sequence[str] | Mapping[str, str | Sequence[str]]  # globs, or {source: globs}
+EMBEDDED = "embedded"  # the drawn scenes, in the place of a glob
+
+
+def named(given: Given) -> dict[str, list[str]]:
+    """{source: its globs}; what has no name is `data`."""
+    if not isinstance(given, Mapping):
+        return {"data": list(given)}
+    return {name: [globs] if isinstance(globs, str) else list(globs) for name, globs in given.items()}
+
+
+def open_sources(given: Given, drawn: Sequence[Path], cache: Path | None = None) -> tuple[Shards, tuple[Source, ...]]:
+    """All shards as one row of samples, and which of them belong to which source.
+
+    `drawn` are the shards that `embedded` stands for. DataError if a glob matches nothing or a shard cannot be read.
+    """
+    parts = {
+        name: expand([path for glob in globs for path in (drawn if glob == EMBEDDED else [glob])])
+        for name, globs in named(given).items()
+    }
+    shards = Shards([path for paths in parts.values() for path in paths], cache)
+    sources, first = [], 0
+    for name, paths in parts.items():
+        last = first + len(paths)
+        sources.append(Source(name, tuple(shards.start(number) for number in range(first, last + 1))))
+        first = last
+    return shards, tuple(sources)
+
+
+def make_order(sources: Sequence[Source], data: DataConfig, seed: int) -> Order:
+    """The order of the training samples that `data.*` asks for.
+
+    Raises:
+        ConfigError: weights and sources do not go together.
+        DataError: a source has no samples.
+    """
+    names = [source.name for source in sources]
+    for name in data.weights:
+        if name not in names:
+            raise ConfigError(f"data.weights.{name} is no source of data.train{did_you_mean(name, names)}")
+    missing = [name for name in names if name not in data.weights]
+    if data.weights and missing:
+        raise ConfigError(f"data.weights has no weight for '{missing[0]}'; write data.weights.{missing[0]}=1")
+    if data.mix == "step" and not data.weights:
+        raise ConfigError("data.mix=step draws one source per step by data.weights; write those, or data.mix=sample")
+    weighted = [Source(source.name, source.starts, data.weights.get(source.name)) for source in sources]
+    window = data.window if data.shuffle == "windowed" else 0
+    return Order(weighted, seed, window=window, mix=data.mix, batch=data.batch)
