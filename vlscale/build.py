@@ -21,7 +21,7 @@ from vlscale.data.batches import Even
 from vlscale.data.loader import Loader, Plan
 from vlscale.data.order import Source, TaskOrder
 from vlscale.data.shards import Shards
-from vlscale.data.sources import EMBEDDED, make_order, named, open_sources
+from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unused_weights
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
@@ -96,6 +96,8 @@ def setup(request: Request) -> Setting:
         checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
     _threads()
     train, sources, val = open_shards(run)
+    if unused := unused_weights(run.data):
+        warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
@@ -266,7 +268,7 @@ def describe(run: RunConfig, setting: Setting, model: PretrainModel, start: int)
 
 def _mixed(run: RunConfig, setting: Setting) -> str:
     """How their order is made, where it is not one shuffle of all."""
-    weights = [f"{name} {weight:g}" for name, weight in run.data.weights.items()]
+    weights = [f"{name} {weight:g}" for name, weight in run.data.weights.items() if len(setting.sources) > 1]
     shares = f" of {', '.join(weights)} by {run.data.mix}" if weights else ""
     return shares + (f" shuffled {run.data.window} at a time" if run.data.shuffle == "windowed" else "")
 

@@ -39,22 +39,37 @@ def open_sources(given: Given, drawn: Sequence[Path], cache: Path | None = None)
     return shards, tuple(sources)
 
 
+def unused_weights(data: DataConfig) -> str:
+    """A sentence if a recipe's weights find no names to go by."""
+    if not data.weights or isinstance(data.train, Mapping):
+        return ""
+    shares = ", ".join(f"{name} {weight:g}" for name, weight in data.weights.items())
+    first = next(iter(data.weights))
+    return (
+        f"data.weights ({shares}) and data.mix are not used, for data.train is one data set; to mix several, name "
+        f"them: data.train=\"{{{first}: 'FOLDER/*.tar', ...}}\""
+    )
+
+
 def make_order(sources: Sequence[Source], data: DataConfig, seed: int) -> Order:
-    """The order of the training samples that `data.*` asks for.
+    """The order of the training samples that `data.*` asks for; weights are for sources that have names.
 
     Raises:
         ConfigError: weights and sources do not go together.
         DataError: a source has no samples.
     """
+    window = data.window if data.shuffle == "windowed" else 0
+    if not isinstance(data.train, Mapping):
+        return Order(sources, seed, window=window)
     names = [source.name for source in sources]
     for name in data.weights:
         if name not in names:
-            raise ConfigError(f"data.weights.{name} is no source of data.train{did_you_mean(name, names)}")
+            near = did_you_mean(name, names)
+            raise ConfigError(f"data.weights.{name} is no source of data.train{near}; data.weights=... replaces all")
     missing = [name for name in names if name not in data.weights]
     if data.weights and missing:
         raise ConfigError(f"data.weights has no weight for '{missing[0]}'; write data.weights.{missing[0]}=1")
     if data.mix == "step" and not data.weights:
         raise ConfigError("data.mix=step draws one source per step by data.weights; write those, or data.mix=sample")
     weighted = [Source(source.name, source.starts, data.weights.get(source.name)) for source in sources]
-    window = data.window if data.shuffle == "windowed" else 0
     return Order(weighted, seed, window=window, mix=data.mix, batch=data.batch)
