@@ -13,6 +13,7 @@ import pytest
 
 from tests.shard_files import Members, png, sample, shared, write_samples, write_tar
 from vlscale.data import inspect
+from vlscale.data.arrays import read_arrays
 from vlscale.data.detections import Detections, read_regions, write_regions
 from vlscale.errors import DataError
 
@@ -45,7 +46,7 @@ def test_regions_come_back_as_they_were_written() -> None:
     read = read_regions(write_regions(wrote, "float32"))
     for name, value in wrote._asdict().items():
         np.testing.assert_array_equal(getattr(read, name), value)
-    assert read_regions(write_regions(wrote)).features.dtype == np.float16
+    assert read_arrays(write_regions(wrote))["features"].dtype == np.float16
     assert write_regions(wrote) == write_regions(wrote)
 
 
@@ -57,9 +58,9 @@ def test_features_that_half_precision_cannot_hold_are_refused() -> None:
 
 
 def test_sound_shards_have_no_problem(tmp_path: Path) -> None:
-    special = {1: [*sample(1), ("s001.regions.npz", write_regions(found()))]}
+    special = {n: [*sample(n), (f"s00{n}.regions.npz", write_regions(found(n)))] for n in (0, 1)}
     report = inspect.verify(write_samples(tmp_path, 6, 4, special))
-    assert (report.shards, report.samples, report.members, report.counts) == (2, 6, 13, {})
+    assert (report.shards, report.samples, report.members, report.counts) == (2, 6, 14, {})
 
 
 FAULTY_REGIONS: dict[str, Callable[[Detections], Detections]] = {
@@ -71,7 +72,7 @@ FAULTY_REGIONS: dict[str, Callable[[Detections], Detections]] = {
     "boxes of five": lambda d: d._replace(boxes=np.zeros((3, 5), dtype=np.float32)),
     "fewer boxes than features": lambda d: d._replace(boxes=d.boxes[:2]),
     "fewer classes than features": lambda d: d._replace(classes=d.classes[:2]),
-    "no region at all": lambda d: d._replace(features=d.features[:0], boxes=d.boxes[:0]),
+    "features of no width": lambda d: d._replace(features=d.features[:, :0]),
     "probabilities above one": lambda d: d._replace(class_probs=d.class_probs * 9),
     "confidence below zero": lambda d: d._replace(class_confidence=-d.class_confidence),
     "classes with a fraction": lambda d: d._replace(classes=d.classes + 0.5),

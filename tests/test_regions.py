@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+import zipfile
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -78,8 +80,16 @@ def test_places_agree_with_vlp() -> None:
 
 def test_a_file() -> None:
     features = np.arange(12, dtype=np.float16).reshape(4, 3)
-    boxes = np.arange(16, dtype=np.float64).reshape(4, 4)
-    data = npz(features=features, boxes=boxes, classes=np.arange(4), width=80, height=60, attributes=np.arange(9))
+    boxes = np.arange(16, dtype=np.int64).reshape(4, 4)
+    data = npz(
+        features=features,
+        boxes=boxes,
+        classes=np.arange(4),
+        width=80,
+        height=60,
+        attributes=np.arange(9),
+        info=np.array([{}]),
+    )
     regions = parse(data, 3, frozenset({"classes", "targets"}), (1.0, 1.0))
     assert regions.feats.tolist() == features[:3].tolist()
     assert regions.feats.dtype == regions.boxes.dtype == np.float32
@@ -88,29 +98,84 @@ def test_a_file() -> None:
     assert parse(npz(features=features, boxes=boxes), 9, frozenset(), SIZE).size == SIZE
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"no zip", "cannot be read: it is no npz"),
-        (npz(features=np.ones((2, 3)), boxes=BOXES)[:-30], "cannot be read: it is an npz that is damaged"),
-        (npz(features=np.float32(3), boxes=BOXES, class_probs=BOXES), r"has features \(\) and boxes"),
-        (npz(boxes=BOXES), "lacks 'features'"),
-        (
-            npz(features=np.ones((2, 3)), boxes=BOXES[:1], class_probs=BOXES),
-            r"has features \(2, 3\) and boxes \(1, 4\)",
-        ),
-        (npz(features=np.ones((2, 3)), boxes=BOXES), "lacks 'class_probs'"),
-        (npz(features=np.ones((2, 3)), boxes=BOXES, class_probs=np.ones(2)), r"has 'class_probs' of shape \(2,\)"),
-        (npz(features=np.array([[None]]), boxes=BOXES), "holds pickled objects"),
-    ],
-)
+def zipped(content: bytes, name: str = "features.npy", method: int = zipfile.ZIP_DEFLATED, declared: int = -1) -> bytes:
+    """An npz with one member of any content, that declares another size than it has if told to."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        file.writestr(name, content)
+    data = buffer.getvalue()
+    entry = data.rindex(b"PK\1\2")
+    return data if declared < 0 else data[: entry + 24] + declared.to_bytes(4, "little") + data[entry + 28 :]
+
+
+def header(shape: str, dtype: str = "<f4", content: bytes = b"") -> bytes:
+    told = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(told).to_bytes(2, "little") + told + content
+
+
+UNUSABLE: dict[str, tuple[bytes, str]] = {
+    "no npz": (b"no zip", "it is no npz"),
+    "nothing": (b"", "it is empty"),
+    "cut short": (npz(features=np.ones((2, 3)), boxes=BOXES)[:-30], "it is an npz that is damaged"),
+    "features of no dimension": (npz(features=np.float32(3), boxes=BOXES, class_probs=BOXES), r"the shape \[\]; they"),
+    "features of no width": (npz(features=np.ones((2, 0)), boxes=BOXES, class_probs=BOXES), r"the shape \[2, 0\]"),
+    "no features": (npz(boxes=BOXES), "it lacks features"),
+    "too few boxes": (npz(features=np.ones((2, 3)), boxes=BOXES[:1]), r"boxes have the shape \[1, 4\]"),
+    "no class_probs": (npz(features=np.ones((2, 3)), boxes=BOXES), "it lacks class_probs"),
+    "flat class_probs": (
+        npz(features=np.ones((2, 3)), boxes=BOXES, class_probs=np.ones(2)),
+        r"class_probs have the shape \[2\]",
+    ),
+    "a feature is not a number": (
+        npz(features=np.full((2, 3), np.nan), boxes=BOXES, class_probs=BOXES / 200),
+        "features hold a number that is not finite",
+    ),
+    "a feature beyond float32": (
+        npz(features=np.full((2, 3), 1e300), boxes=BOXES, class_probs=BOXES / 200),
+        "features hold a number that is not finite",
+    ),
+    "a box is not a number": (
+        npz(features=np.ones((2, 3)), boxes=BOXES + np.inf, class_probs=BOXES / 200),
+        "boxes hold a number that is not finite",
+    ),
+    "a box outside": (
+        npz(features=np.ones((2, 3)), boxes=BOXES + 60, class_probs=BOXES / 200),
+        r"box \[80.0, 70.0, 120.0, 110.0\] lies outside the picture of 200 x 100 pixels",
+    ),
+    "words": (npz(features=np.array([["a"]]), boxes=BOXES), "its features are <U1; they should be numbers"),
+    "pickled": (npz(features=np.array([[None]]), boxes=BOXES), "it holds pickled objects, which are never loaded"),
+    "declares more than is read": (zipped(header("(1,)"), declared=1 << 30), "would take 1073741824 bytes; at most"),
+    "more arrays than anyone has": (npz(**{f"x{n}": np.ones(1) for n in range(65)}), "it holds more than 64 arrays"),
+    "inflates to more than it declares": (zipped(bytes(10**8), declared=200), "damaged or cut short .*CRC"),
+    "an absurd shape": (zipped(header("(1 << 40, 4)")), "no readable header"),
+    "a shape larger than the file": (zipped(header("(1099511627776, 4)")), "but holds 0 bytes"),
+    "a negative shape": (zipped(header("(-1, 4)", content=bytes(16))), r"of the shape \[-1, 4\], but holds 16 bytes"),
+    "numbers of no size": (zipped(header("(9,)", "|V0")), "but holds 0 bytes"),
+    "a header of nested brackets": (zipped(header("(" * 900)), "no readable header"),
+    "a long header": (zipped(header("(1,)" + " " * 60_000)), "no readable header"),
+    "no array": (zipped(b"text"), "no readable header"),
+    "another packing": (zipped(header("(0,)"), method=zipfile.ZIP_LZMA), "packed in a way that numpy does not use"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), UNUSABLE.values(), ids=UNUSABLE)
 def test_a_file_that_cannot_be_used(data: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse(data, 36, frozenset({"class_probs"}), SIZE)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            parse(data, 36, frozenset({"class_probs"}), SIZE)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20  # nothing was inflated first
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_without_a_region() -> None:
+    regions = parse(npz(features=np.ones((0, 3)), boxes=np.ones((0, 4))), 36, frozenset(), SIZE)
+    assert (regions.feats.shape, regions.boxes.shape) == ((0, 3), (0, 4))
 
 
 def test_a_file_without_a_size() -> None:
-    with pytest.raises(ValueError, match="no width and height of the picture"):
+    with pytest.raises(ValueError, match="lacks width, height: neither it nor the json tells how large the picture is"):
         parse(npz(features=np.ones((2, 3)), boxes=BOXES), 36, frozenset(), None)
 
 

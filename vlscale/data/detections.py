@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.arrays import read_arrays
+
 OUTSIDE = 1.0  # pixels that a box may reach out of its picture: detectors count from 0 or from 1
+MAX_CLASS = 1_000_000  # far above any detector's
 BY_REGION = ("classes", "class_confidence", "attributes", "attribute_confidence")  # each [R]
+SHARES = ("class_confidence", "class_probs", "attribute_confidence")  # each in 0 to 1
+FLOATS = ("features", "boxes", *SHARES)
+_GREATEST = float(np.finfo(np.float32).max)
 
 Floats = NDArray[Any]  # float16 or float32
 
@@ -51,39 +55,40 @@ def write_regions(detections: Detections, dtype: str = "float16") -> bytes:
     return out.getvalue()
 
 
-def read_regions(data: bytes, size: tuple[int, int] | None = None) -> Detections:
-    """The detections that `regions.npz` holds; `size` is (width, height) of the picture where it does not tell.
+def read_regions(
+    data: bytes, size: tuple[float, float] | None = None, only: Collection[str] | None = None, numbers: bool = True
+) -> Detections:
+    """The detections that `regions.npz` holds; training and `shards.py verify` both read it here.
 
-    ValueError if it cannot be read, or lacks what every one has.
+    Numbers with a fraction become float32. `size` is (width, height) of the picture where the file does not tell; of
+    what not every file has, `only` these fields where given. ValueError if it cannot be read, lacks what every one
+    has, or is not sound (see `faults`).
     """
-    arrays = read_arrays(data, Detections._fields)
-    if size and "width" not in arrays:
+    every = ("features", "boxes", "width", "height")
+    arrays = read_arrays(data, Detections._fields if only is None else (*every, *only))
+    if size and not ("width" in arrays and "height" in arrays):
         arrays.update(width=np.array(size[0]), height=np.array(size[1]))
-    missing = [name for name in ("features", "boxes", "width", "height") if name not in arrays]
+    missing = [name for name in every if name not in arrays]
     if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
+        raise ValueError(f"it lacks {', '.join(missing)}" + (_NO_SIZE if missing[0] in every[2:] else ""))
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"its {name} are {array.dtype}; they should be numbers")
     for name in ("width", "height"):
-        if arrays[name].ndim != 0:
-            raise ValueError(f"its {name} has the shape {list(arrays[name].shape)}; it should be one number")
-    return _detections(arrays)
+        if arrays[name].size != 1 or not np.isfinite(arrays[name]).all():
+            raise ValueError(f"its {name} has the shape {list(arrays[name].shape)}; it should be one finite number")
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is a fault
+        floats = {name: arrays[name].astype(np.float32, copy=False) for name in FLOATS if name in arrays}
+    found = _detections({**arrays, **floats})
+    check(found, numbers)
+    return found
 
 
-def read_arrays(data: bytes, names: tuple[str, ...] = ()) -> dict[str, NDArray[Any]]:
-    """The arrays of an npz by name, only `names` where given. ValueError if damaged, or pickled inside."""
-    if data[:4] != b"PK\x03\x04":
-        raise ValueError("it is no npz" if data else "it is empty")
-    try:
-        with np.load(BytesIO(data), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if not names or name in names}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-        raise ValueError(f"it is an npz that is damaged or cut short ({error})") from error
-    except ValueError as error:
-        pickled = "pickle" in str(error)
-        raise ValueError("it holds pickled objects, which are never loaded" if pickled else str(error)) from error
+_NO_SIZE = ": neither it nor the json tells how large the picture is"
 
 
 def _detections(arrays: dict[str, NDArray[Any]]) -> Detections:
-    sizes = {name: int(arrays[name]) for name in ("width", "height")}
+    sizes = {name: int(arrays[name].item()) for name in ("width", "height")}
     return Detections(**{**arrays, **sizes})  # type: ignore[arg-type]
 
 
@@ -95,10 +100,10 @@ def check(detections: Detections, numbers: bool = True) -> None:
 
 
 def faults(detections: Detections, numbers: bool = True) -> Iterator[str]:
-    """What is wrong with the shapes and, if `numbers`, with the values; a clause each."""
+    """What is wrong with the shapes and, if `numbers`, with the values; a clause each. No region is no fault."""
     features, boxes = detections.features, detections.boxes
-    if features.ndim != 2 or 0 in features.shape:
-        yield f"features have the shape {list(features.shape)}; they should be [regions, width], not empty"
+    if features.ndim != 2 or not features.shape[1]:
+        yield f"features have the shape {list(features.shape)}; they should be [regions, width]"
         return
     regions = features.shape[0]
     if boxes.shape != (regions, 4):
@@ -115,36 +120,26 @@ def faults(detections: Detections, numbers: bool = True) -> Iterator[str]:
             return
     if detections.width < 1 or detections.height < 1:
         yield f"the picture is {detections.width} x {detections.height} pixels"
-    yield from _wrong_kinds(detections)
-    if numbers:
+    if numbers and regions:
         yield from _wrong_numbers(detections)
 
 
-def _wrong_kinds(detections: Detections) -> Iterator[str]:
-    for name in ("classes", "attributes"):
-        value = getattr(detections, name)
-        if value is not None and not np.issubdtype(value.dtype, np.integer):
-            yield f"{name} are {value.dtype}; they should be integers"
-    for name in ("features", "boxes", "class_confidence", "class_probs", "attribute_confidence"):
-        value = getattr(detections, name)
-        if value is not None and not np.issubdtype(value.dtype, np.floating):
-            yield f"{name} are {value.dtype}; they should be floating"
-
-
 def _wrong_numbers(detections: Detections) -> Iterator[str]:
-    for name in ("features", "boxes", "class_confidence", "class_probs", "attribute_confidence"):
+    """Of at least one region."""
+    for name in FLOATS:
         value = getattr(detections, name)
-        if value is not None and not np.isfinite(value).all():
+        if value is None:
+            continue
+        low, high = float(value.min()), float(value.max())  # NaN if there is one
+        if not -_GREATEST <= low <= high <= _GREATEST:
             yield f"{name} hold a number that is not finite"
             return
-    for name in ("class_confidence", "class_probs", "attribute_confidence"):
-        value = getattr(detections, name)
-        if value is not None and (value.min() < 0 or value.max() > 1.001):  # float16 rounds 1 up or down
-            yield f"{name} lie in {value.min():.3g} to {value.max():.3g}; they should lie in 0 to 1"
+        if name in SHARES and (low < 0 or high > 1.001):  # float16 rounds 1 up or down
+            yield f"{name} lie in {low:.3g} to {high:.3g}; they should lie in 0 to 1"
     for name in ("classes", "attributes"):
         value = getattr(detections, name)
-        if value is not None and value.min() < 0:
-            yield f"{name} hold {value.min()}; they should be 0 or more"
+        if value is not None and not (value.min() >= 0 and value.max() <= MAX_CLASS and (value % 1 == 0).all()):
+            yield f"{name} lie in {value.min()} to {value.max()}; they should be whole numbers, 0 to {MAX_CLASS}"
     yield from _wrong_boxes(detections)
 
 

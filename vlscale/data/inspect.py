@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlscale.data import detections
+from vlscale.data.arrays import read_arrays
 from vlscale.data.decode import decode, picture_size
 from vlscale.data.samples import PICTURE_FIELDS, BrokenSampleError, Sentence, sentences
 from vlscale.data.shards import Shards, expand
@@ -114,13 +115,13 @@ def _check(kind: str, field: str, raw: dict[str, bytes], quick: bool) -> None:
     elif kind == "txt":
         data.decode()
     elif kind == "regions":
-        detections.check(detections.read_regions(data, _size(raw)), numbers=not quick)
+        detections.read_regions(data, _size(raw), numbers=not quick)
     elif kind == "frames":
         _check_frames(data)
 
 
 def _check_frames(data: bytes) -> None:
-    arrays = detections.read_arrays(data)
+    arrays = read_arrays(data)
     features, times = arrays.get("features"), arrays.get("times")
     if features is None or features.ndim != 2 or not features.shape[0]:
         raise ValueError("it has no features of the shape [frames, width]")
@@ -212,7 +213,7 @@ class _Tally:
         if kind == "picture":
             self.sides.append(picture_size(raw[field]))
         elif kind == "regions":
-            found = detections.read_regions(raw[field], _size(raw))
+            found = detections.read_regions(raw[field], _size(raw), numbers=False)
             self.regions.append(len(found.features))
             self.widths[found.features.shape[-1]] += 1
             if found.class_probs is not None:

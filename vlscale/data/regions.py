@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from vlscale.data.augment import require
-from vlscale.data.detections import read_arrays
+from vlscale.data.detections import read_regions
 from vlscale.types import Geometry, Inputs
 
 Floats = NDArray[np.float32]
@@ -41,42 +41,28 @@ def parse(data: bytes, most: int, wanted: frozenset[str], size: tuple[float, flo
     """The first `most` regions of a `regions.npz`, with the wanted ones of `FIELDS`.
 
     `size` is the picture's (width, height) where the file does not tell. ValueError with the reason if the file
-    is damaged or lacks something.
+    is damaged, lacks something or holds what cannot be (`vlscale.data.detections.faults`).
     """
-    try:
-        arrays = read_arrays(data, (*_ALWAYS, *wanted))
-    except ValueError as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    missing = [name for name in ("features", "boxes", *sorted(wanted.intersection(FIELDS))) if name not in arrays]
+    kinds = {name: kind for name, kind in FIELDS.items() if name in wanted}
+    found = read_regions(data, size, kinds)
+    held = {name: getattr(found, name) for name in kinds}
+    missing = [name for name, values in held.items() if values is None]
     if missing:
-        raise ValueError(f"lacks '{missing[0]}'")
-    if "width" in arrays and "height" in arrays and arrays["width"].size == arrays["height"].size == 1:
-        size = (float(arrays["width"].item()), float(arrays["height"].item()))
-    if size is None or min(size) <= 0:
-        raise ValueError("tells no width and height of the picture, and neither does the json")
-    feats, boxes = arrays["features"], arrays["boxes"]
-    if feats.ndim != 2 or boxes.shape != (len(feats), 4):
-        raise ValueError(f"has features {feats.shape} and boxes {boxes.shape}; they should be [R, F] and [R, 4]")
-    for name in wanted.intersection(FIELDS):
-        shape = arrays[name].shape
-        if len(shape) != (2 if name == "class_probs" else 1) or shape[0] != len(feats):
-            raise ValueError(f"has '{name}' of shape {shape} for {len(feats)} regions")
-    fields = {name: arrays[name][:most].astype(kind) for name, kind in FIELDS.items() if name in wanted}
-    return Regions(feats[:most].astype(np.float32), boxes[:most].astype(np.float32), size, fields)
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    fields = {name: values[:most].astype(kinds[name], copy=False) for name, values in held.items()}
+    size = float(found.width), float(found.height)
+    return Regions(found.features[:most], found.boxes[:most], size, fields)
 
 
 def check_widths(found: Regions, inputs: Inputs) -> None:
     """ValueError if features, distributions or class numbers are not those that the family is built for."""
     feats, probs, classes = found.feats.shape[1], found.fields.get("class_probs"), found.fields.get("classes")
     if feats != inputs.feats:
-        raise ValueError(f"has features of {feats} numbers, not family.feats={inputs.feats}")
+        raise ValueError(f"it has features of {feats} numbers, not family.feats={inputs.feats}")
     if probs is not None and probs.shape[1] != inputs.classes:
-        raise ValueError(f"has class_probs of {probs.shape[1]} classes, not family.classes={inputs.classes}")
+        raise ValueError(f"it has class_probs of {probs.shape[1]} classes, not family.classes={inputs.classes}")
     if classes is not None and len(classes) and not 0 <= classes.min() <= classes.max() < inputs.classes:
-        raise ValueError(f"has classes from {classes.min()} to {classes.max()}, but family.classes={inputs.classes}")
-
-
-_ALWAYS = ("features", "boxes", "width", "height")
+        raise ValueError(f"it has classes from {classes.min()} to {classes.max()}, but family.classes={inputs.classes}")
 
 
 # --- where a region is -------------------------------------------------------------------------------------

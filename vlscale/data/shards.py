@@ -296,6 +296,25 @@ class Shards:
         index = self._indexes[shard]
         return tuple(index.fields[field] for field in index.field[index.first[row] : index.first[row + 1]])
 
+    def sizes(self, i: int) -> dict[str, int]:
+        """The bytes of each member of sample `i` by the index, {field: bytes}; nothing is read."""
+        shard, row = self._locate(i)
+        index = self._indexes[shard]
+        members = slice(index.first[row], index.first[row + 1])
+        names = (index.fields[field] for field in index.field[members])
+        return dict(zip(names, index.size[members].tolist(), strict=True))
+
+    def empty_members(self, fields: Collection[str]) -> list[tuple[int, str]]:
+        """(sample, field) of every member of these fields that has no bytes, in the order of the samples."""
+        found: list[tuple[int, str]] = []
+        for start, index in zip(self._starts, self._indexes, strict=False):
+            wanted = np.isin(index.field, [n for n, name in enumerate(index.fields) if name in fields])
+            members = np.flatnonzero(wanted & (index.size == 0))
+            rows = np.searchsorted(index.first, members, side="right") - 1
+            names = (index.fields[field] for field in index.field[members])
+            found += zip((start + rows).tolist(), names, strict=True)
+        return found
+
     def read(self, i: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """The members of sample `i` as {field: bytes}; `only` these fields where given.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlscale.data.detections import read_arrays
+from vlscale.data.arrays import read_arrays
 from vlscale.data.formats.base import NAMES, Extras, Options, detections, files_in
 from vlscale.data.formats.folder import beside, picture, picture_beside
 from vlscale.data.write import Sample, Source

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.detections import read_arrays
+from vlscale.data.arrays import read_arrays
 from vlscale.data.formats.base import Extras, Options, detections, optional
 from vlscale.data.formats.captions import Texts
 from vlscale.data.write import Sample, Source
