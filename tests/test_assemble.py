@@ -12,10 +12,11 @@ import pytest
 from tests.shard_files import Members, make_tokenizer, png, write_samples
 from tests.test_regions import npz
 from vlscale.data.answers import common_answers, normal_answer, read_answers
-from vlscale.data.assemble import Assembler, Texts
+from vlscale.data.assemble import Assembler
 from vlscale.data.collate import Sample, collate
 from vlscale.data.loader import MicroBatches, Plan
 from vlscale.data.order import Draws, TaskOrder
+from vlscale.data.phrases import Texts
 from vlscale.data.samples import BrokenSampleError, sentences, tags
 from vlscale.data.shards import Shards
 from vlscale.data.tags import join

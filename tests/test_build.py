@@ -10,7 +10,9 @@ import pytest
 
 from tests.shard_files import WORDS, sample, write_samples, write_tar
 from vlscale import build, config, vocabulary
+from vlscale.config import TextConfig
 from vlscale.data import scenes, text, views
+from vlscale.data.shards import Shards
 from vlscale.data.text import SPECIAL_TOKENS, write_vocabulary
 from vlscale.errors import ConfigError, DataError
 from vlscale.families import albef
@@ -122,6 +124,55 @@ def test_a_run_goes_on_with_the_vocabulary_and_the_answers_that_it_began_with(tm
     listed.write_text("no\nyes\n")
     with pytest.raises(ConfigError, match=r"text.answers=.*/listed.txt does not hold .* --resume .*/run text.answers="):
         vocabulary.find_answers(run.text, tmp_path / "run", began.train, 9500)
+
+
+def test_a_vocabulary_is_built_once_for_the_same_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew when a caption has changed, even if the shard's size has not."""
+    monkeypatch.setenv("VLSCALE_CACHE", str(tmp_path / "cache"))
+    built = []
+    build_vocabulary = text.build_vocabulary
+    monkeypatch.setattr(text, "build_vocabulary", lambda *given: built.append(0) or build_vocabulary(*given))
+
+    def find(size: int = 100, tags: bool = False) -> str:
+        shards = Shards(str(tmp_path / "shards" / "*.tar"), tmp_path / "index")
+        return vocabulary.find_tokenizer(TextConfig(), tmp_path, shards, size, questions=False, tags=tags)
+
+    write_samples(tmp_path / "shards", 6, 3, {0: sample(0, "a walrus")})
+    first = find()
+    assert "walrus" in first
+    assert find() == first
+    assert len(built) == 1
+    assert find(size=30) != first
+    find(tags=True)
+    assert len(built) == 3
+    write_samples(tmp_path / "shards", 6, 3, {0: sample(0, "a beaver")})
+    assert "beaver" in find()
+    assert len(built) == 4
+    (tmp_path / "file").write_text("a cache folder that cannot be made")
+    monkeypatch.setenv("VLSCALE_CACHE", str(tmp_path / "file"))
+    assert "beaver" in find()
+
+
+def test_texts_that_are_too_long_are_told_with_the_options_to_write(tmp_path: Path) -> None:
+    long = "a red blue green thing number 1 2 3 4 5 6 7 8 9"
+    shards = write_samples(tmp_path / "shards", 12, 5, {n: sample(n, long) for n in range(3)})
+    given = tmp_path / "vocab.txt"
+    write_vocabulary([*SPECIAL_TOKENS, *WORDS], given)
+
+    def warnings(*options: str) -> tuple[str, ...]:
+        data = (f"data.train={shards}", f"data.val={shards}", "data.batch=4", "family.vocab=256", f"text.vocab={given}")
+        run = config.load("quickstart", [*SMALL, *data, *options])
+        return build.setup(build.Request(run, "ds_configs/zero2.json", tmp_path / "run")).warnings
+
+    assert warnings("family.text_length=24") == ()
+    (warning,) = warnings("family.text_length=12", "text.max_words=12")
+    assert warning == (
+        "25% of the training texts are cut by text.max_words=12 and family.text_length=12, which loses 13% of all "
+        "words; write text.max_words=15 family.text_length=16 to keep 95% of the texts whole"
+    )
+    (warning,) = warnings("family.text_length=12")
+    assert "are cut by family.text_length=12, which" in warning
+    assert warnings("family.text_length=16", "text.max_words=15") == ()
 
 
 def test_validation_shards_that_would_fail_after_step_1(tmp_path: Path) -> None:

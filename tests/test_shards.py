@@ -14,8 +14,10 @@ import simplejpeg
 from tests.shard_files import png, sample, shared, write_samples, write_tar
 from vlscale.data import shards as shards_module
 from vlscale.data.decode import decode, picture_size, resize
-from vlscale.data.samples import BrokenSampleError, every_text, picture, sentences
+from vlscale.data.phrases import every_text
+from vlscale.data.samples import BrokenSampleError, picture, sentences
 from vlscale.data.shards import Shards, expand
+from vlscale.data.text import AS_IT_IS
 from vlscale.errors import DataError
 
 
@@ -192,7 +194,7 @@ def one(folder: Path, *members: tuple[str, bytes]) -> Shards:
 )
 def test_captions(tmp_path: Path, members: list[tuple[str, bytes]], expected: list[str]) -> None:
     shards = one(tmp_path, *members)
-    assert [each.text for each in sentences(shards, 0)] == list(every_text(shards)) == expected
+    assert [each.text for each in sentences(shards, 0)] == list(every_text(shards, AS_IT_IS)) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, members: list[tuple[str, b
     shards = one(tmp_path, *members)
     with pytest.raises(BrokenSampleError, match=rf"sample 'a' of shard .*one.tar: .*{says}"):
         sentences(shards, 0)
-    assert list(every_text(shards)) == []
+    assert list(every_text(shards, AS_IT_IS)) == []
 
 
 def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:

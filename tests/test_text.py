@@ -14,7 +14,8 @@ from vlscale.data.text import (
     SPECIAL_TOKENS,
     Tokenizer,
     build_vocabulary,
-    clean_caption,
+    clean_text,
+    first_words,
     read_tokenizer,
     wordpiece,
     write_vocabulary,
@@ -34,13 +35,14 @@ from vlscale.types import Inputs
     ],
 )
 def test_clean_up(caption: str, expected: str) -> None:
-    assert clean_caption(caption, 30) == expected
+    assert first_words(clean_text(caption, 30), 30) == expected
 
 
 def test_clean_up_keeps_the_first_words() -> None:
     caption = " ".join(str(n) for n in range(50))
-    assert clean_caption(caption, 30).split() == [str(n) for n in range(30)]
-    assert len(clean_caption(caption, 0).split()) == 50
+    assert first_words(clean_text(caption, 30), 30).split() == [str(n) for n in range(30)]
+    assert len(first_words(clean_text(caption, 0), 0).split()) == 50
+    assert first_words(caption, AS_IT_IS) == caption
 
 
 def test_encode(tmp_path: Path) -> None:
@@ -231,8 +233,8 @@ def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_wanted(tmp_pat
 
 
 def test_captions_as_they_are() -> None:
-    assert clean_caption(" A Dog, so-called! \n", AS_IT_IS) == "A Dog, so-called!"
-    assert clean_caption(" \n", AS_IT_IS) == ""
+    assert clean_text(" A Dog, so-called! \n", AS_IT_IS) == "A Dog, so-called!"
+    assert clean_text(" \n", AS_IT_IS) == ""
 
 
 # --- in a run ----------------------------------------------------------------------------------------------

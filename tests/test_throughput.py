@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def on_two_ranks() -> dict[str, float | int | None]:
 
     clock = StepClock(torch.device("cpu"))
     time.sleep(0.05)
-    clock.step([batch(2 + 4 * distributed.rank(), 8)])
+    clock.step([replace(batch(2 + 4 * distributed.rank(), 8), lost_words=((0, 3), (5, 0, 0))[distributed.rank()])])
     return clock.read(samples_per_step=10, ranks=2, flops=1e9, peak=1e11)
 
 
@@ -66,7 +67,8 @@ def test_waiting_for_data_is_seen() -> None:
 
 def test_ranks_agree() -> None:
     first, second = run_ranks(on_two_ranks, 2)
-    for name in ("seconds_per_step", "tokens_per_second", "padding_fraction", "mfu"):
+    for name in ("seconds_per_step", "tokens_per_second", "padding_fraction", "mfu", "truncated_fraction"):
         assert first[name] == second[name]
     assert first["padding_fraction"] == 0.5
+    assert (first["truncated_fraction"], first["truncated_words"]) == (2 / 5, 8)
     assert first["tokens_per_second"] == pytest.approx(8 / first["seconds_per_step"])

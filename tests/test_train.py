@@ -81,6 +81,7 @@ def test_the_keys_of_a_line(finished: Path) -> None:
         *("step", "samples_seen", "epoch", "task", "loss", "loss/itc", "loss/itm", "loss/mlm", "grad_norm"),
         *("lr/decay", "lr/no_decay", "seconds_per_step", "data_wait_fraction", "samples_per_second"),
         *("tokens_per_second", "padding_fraction", "model_tflops_per_second", "mfu", "memory_peak_bytes"),
+        *("truncated_fraction", "truncated_words"),
         *("memory_allocated_bytes", "temperature", "skipped_steps", "bad_samples", "sample_keys"),
     }
     for line in lines:

@@ -125,7 +125,9 @@ def setup(request: Request) -> Setting:
     if inputs.image_size:
         preflight.check_pictures(val, range(1))
     preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, asks)
-    noted = tuple(warnings) if distributed.rank() == 0 else ()
+    noted: tuple[str, ...] = ()
+    if distributed.rank() == 0:
+        noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))
     return Setting(out, ds, device, train, sources, val, tokenizer, kept, tuple(answers.splitlines()), begin, noted)
 
 

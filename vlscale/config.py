@@ -45,7 +45,7 @@ class TextConfig:
 
     @property
     def kept_words(self) -> int:
-        """Of a caption, as `data.text.clean_caption` takes it."""
+        """Of a caption, as `data.text.clean_text` takes it."""
         return self.max_words if self.clean_up else AS_IT_IS
 
 

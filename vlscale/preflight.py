@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture, picture_field, regions, sentences
+from vlscale.data.phrases import read_sentences
+from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture, picture_field, regions
 from vlscale.data.shards import Shards
-from vlscale.data.text import Tokenizer, clean_caption
+from vlscale.data.text import Tokenizer
 from vlscale.errors import ConfigError, DataError
 from vlscale.types import Inputs
 
@@ -123,13 +124,9 @@ def check_texts(
     """DataError for a caption that is missing or empty, ConfigError if the vocabulary knows too few words."""
     known: list[NDArray[np.bool_]] = []
     for i in looked_at:
-        for caption, _ in sentences(shards, i, questions):
-            cleaned = clean_caption(caption, max_words)
-            if not cleaned:
-                reason = f"the caption {caption!r} is nothing but punctuation; write a text or leave it out"
-                raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
+        for words in read_sentences(shards, i, max_words, questions):
             if len(known) < SOME_TEXTS:
-                known.append(tokenizer.encode(cleaned)[1:] != tokenizer.unk)
+                known.append(tokenizer.encode(words.text)[1:] != tokenizer.unk)
     unknown = 1 - float(np.concatenate(known).mean())
     if unknown > MAX_UNKNOWN:
         raise ConfigError(

@@ -29,6 +29,7 @@ class StepClock:
         self._tokens: int | Tensor = 0  # stays on the device until it is read
         self._of_step: int | Tensor = 0  # tokens of the last step, and the places for them
         self._places = 0
+        self._lost: list[int] = []  # words of each text of the last step for which there was no room
 
     def waiting(self, steps: Iterable[T]) -> Iterator[T]:
         """The same steps; the time that the loop waits for each is counted as waiting for data."""
@@ -50,6 +51,7 @@ class StepClock:
         self._places = sum(mask.numel() for mask in masks)
         self._of_step = torch.stack([mask.sum() for mask in masks]).sum() if masks else 0
         self._tokens = self._tokens + self._of_step
+        self._lost = [lost for batch in batches for lost in batch.lost_words]
 
     def skip(self) -> None:
         """Leave out the time since the last step: it went into a checkpoint or an evaluation."""
@@ -62,8 +64,9 @@ class StepClock:
         """The means since the last `read`, over all ranks; every rank calls this at the same step.
 
         `flops` is what the model needs for one step on one rank, `peak` what one device could do per second
-        (None = unknown). Text tokens are counted in every view, memory is this rank's. `padding_fraction` is the
-        last step's alone, so that it does not depend on where a run was stopped.
+        (None = unknown). Text tokens are counted in every view, memory is this rank's. `padding_fraction`, the
+        share of texts that are cut (`truncated_fraction`) and the words that these lose (`truncated_words`) are the
+        last step's alone, so that they do not depend on where a run was stopped.
         """
         self._synchronize()
         self._seconds += self._lap()
@@ -76,6 +79,8 @@ class StepClock:
             "samples_per_second": samples_per_step / seconds,
             "tokens_per_second": sums["tokens"] * ranks / sums["seconds"],
             "padding_fraction": 1 - sums["of_step"] / sums["places"] if sums["places"] else 0.0,
+            "truncated_fraction": sums["cut"] / sums["texts"] if sums["texts"] else 0.0,
+            "truncated_words": int(sums["lost"]),
             "model_tflops_per_second": done / 1e12,
             "mfu": done / (ranks * peak) if peak else None,
             **memory(self._device),
@@ -91,6 +96,9 @@ class StepClock:
             "tokens": self._tokens,
             "of_step": self._of_step,
             "places": self._places,
+            "texts": len(self._lost),
+            "cut": sum(lost > 0 for lost in self._lost),
+            "lost": sum(self._lost),
         }
         tensors = {
             name: torch.as_tensor(value, dtype=torch.float64, device=self._device) for name, value in own.items()
@@ -109,6 +117,7 @@ class StepClock:
     def _restart(self) -> None:
         self._seconds = self._waited = 0.0
         self._steps = self._places = self._tokens = self._of_step = 0
+        self._lost = []
 
 
 def memory(device: torch.device) -> dict[str, float | int | None]:

@@ -63,6 +63,7 @@ class Batch:
     pair_id: Tensor  # [B] int64, equal for samples of the same picture
     keys: tuple[str, ...] = ()  # sample keys, in order
     positions: tuple[int, ...] = ()  # of the samples in the endless stream that the loader serves
+    lost_words: tuple[int, ...] = ()  # of each text, for which the family has no room
     task: str = "all"
     matched: Tensor | None = None  # [B] bool, None = every pair matches
     # [B] bool or int64: 0 = all its own, 1 = another picture's tags, 2 = another picture's words; None = all 0
@@ -78,9 +79,8 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """The first `count` samples."""
-        return replace(
-            self.each(lambda tensor: tensor[:count]), keys=self.keys[:count], positions=self.positions[:count]
-        )
+        along = {name: getattr(self, name)[:count] for name in ("keys", "positions", "lost_words")}
+        return replace(self.each(lambda tensor: tensor[:count]), **along)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed; a tensor that several views share is changed once."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+
+import numpy as np
 
 from vlscale.config import TextConfig
 from vlscale.data import answers as answer_data
 from vlscale.data import text as text_data
-from vlscale.data.samples import every_answer, every_text
-from vlscale.data.shards import Shards
+from vlscale.data.phrases import FEW, every_text, measure_cut
+from vlscale.data.samples import every_answer
+from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
@@ -20,14 +26,17 @@ from vlscale.types import Inputs
 TOKENIZER = "tokenizer.json"  # these two lie in the run folder
 ANSWERS = "answers.txt"
 MOST_CAPTIONS = 100_000  # enough for a small vocabulary
+LOOKED_AT = 500  # samples whose texts tell how many are too long
+_VERSION = 1  # of how a vocabulary is built
 
 
 def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, questions: bool, tags: bool) -> str:
     """The text of the run's tokenizer.json.
 
     That of the folder `began`, where the run that goes on keeps it; else that of `text.vocab`; else a vocabulary of
-    `size` entries or less, built from the captions of `train`, with its questions and tags where they are read.
-    ConfigError if `text.vocab` cannot be read, or is not what the run began with.
+    `size` entries or less, built from the captions of `train`, with its questions and tags where they are read. What
+    was built stays in the cache folder, for the next run on the same data. ConfigError if `text.vocab` cannot be
+    read, or is not what the run began with.
     """
     kept = began / TOKENIZER
     given = None if text.vocab is None else text_data.read_tokenizer(text.vocab, text.cased)
@@ -38,10 +47,34 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
         return found
     if given is not None:
         return given
-    texts = every_text(train, questions, tags)
-    cleaned = (text_data.clean_caption(each, text.kept_words) for each in texts)
-    tokens = text_data.build_vocabulary(islice(cleaned, MOST_CAPTIONS), size, text.cased)
-    return text_data.wordpiece(tokens, text.cased)
+    options = (size, text.cased, text.kept_words, questions, tags)
+    cached = cache_folder() / "vocabularies" / f"{_cache_key(train, options)}.json"
+    if cached.is_file():
+        return cached.read_text(encoding="utf-8")
+    texts = every_text(train, text.kept_words, questions=questions, named=tags)
+    tokens = text_data.build_vocabulary(islice(texts, MOST_CAPTIONS), size, text.cased)
+    built = text_data.wordpiece(tokens, text.cased)
+    _keep(cached, built)
+    return built
+
+
+def _cache_key(shards: Shards, options: tuple[object, ...]) -> str:
+    """Tells the shards, their state, what is made of them, and what makes it."""
+    states = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards.paths)]
+    libraries = [metadata.version(name) for name in ("tokenizers", "transformers")]
+    told = [_VERSION, MOST_CAPTIONS, libraries, shards.fingerprint(), states, options]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def _keep(file: Path, text: str) -> None:
+    """Write whole or not at all; a cache folder that cannot be written only costs the next start."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
+            scratch.write(text)
+        os.replace(scratch.name, file)
+    except OSError:
+        return
 
 
 def find_answers(text: TextConfig, began: Path, train: Shards, most: int) -> str:
@@ -97,3 +130,22 @@ def check_tokenizer(tokenizer: Tokenizer, size: int, views: Views) -> None:
     for view in views.text.values():
         if view.mask_tokens is not None:
             view.mask_tokens.check(tokenizer)
+
+
+def warn_of_cut(tokenizer: Tokenizer, train: Shards, text: TextConfig, *, questions: bool) -> list[str]:
+    """A sentence if more than `FEW` of the texts are too long for the clean-up or the family, else nothing."""
+    looked_at = np.unique(np.linspace(0, len(train) - 1, LOOKED_AT).astype(int)).tolist()
+    cut = measure_cut(train, looked_at, tokenizer, text.kept_words, questions)
+    if cut.fraction <= FEW:
+        return []
+    now, then = [], []
+    if 0 < text.kept_words < cut.words:
+        now.append(f"text.max_words={text.max_words}")
+        then.append(f"text.max_words={cut.words}")
+    if tokenizer.length < cut.length:
+        now.append(f"family.text_length={tokenizer.length}")
+        then.append(f"family.text_length={cut.length}")
+    return [
+        f"{cut.fraction:.0%} of the training texts are cut by {' and '.join(now)}, which loses {cut.lost:.0%} of all "
+        f"words; write {' '.join(then)} to keep {1 - FEW:.0%} of the texts whole"
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,80 +10,17 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from vlscale.data import tags as tag_data
-from vlscale.data.answers import normal_answer
 from vlscale.data.collate import RegionSample, Sample
 from vlscale.data.masking import Ids
+from vlscale.data.phrases import Phrase, Texts
 from vlscale.data.regions import PLACES, Floats, Regions
-from vlscale.data.samples import BrokenSampleError, picture, regions, sentences, tags
+from vlscale.data.samples import BrokenSampleError, picture, regions
 from vlscale.data.shards import Shards
-from vlscale.data.text import AS_IT_IS, Tokenizer, clean_caption
+from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.types import IGNORE, Inputs
 
-MAX_CACHED_TEXTS = 1 << 20  # whose token ids are kept, some 300 bytes each
 Draw = Callable[[str], Generator]  # the sample's generator for one purpose, such as `text.masked`
-
-
-class Phrase(NamedTuple):
-    """A caption, or a question."""
-
-    ids: Ids  # [L]
-    answer: int  # its number; IGNORE of a caption, and of an answer that is in no list
-    asked: bool  # whether it is a question
-
-
-class Texts:
-    """The token ids of every text of a sample, made once per process."""
-
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, max_words: int, answers: Mapping[str, int] | None) -> None:
-        """`answers` numbers the answers that count; None = questions are left out."""
-        self._shards = shards
-        self._tokenizer = tokenizer
-        self._max_words = max_words
-        self._answers = answers
-        self._kept: dict[int, list[Phrase]] = {}
-        self._tags: dict[int, Ids] = {}
-        self._room = MAX_CACHED_TEXTS
-
-    def __call__(self, i: int) -> list[Phrase]:
-        """Captions, then questions. BrokenSampleError if the sample has no text that is left after clean-up."""
-        texts = self._kept.get(i)
-        if texts is None:
-            texts = self._encode(i)
-            if self._room >= len(texts):
-                self._kept[i] = texts
-                self._room -= len(texts)
-        return texts
-
-    def tags(self, i: int) -> Ids:
-        """[CLS] names of the objects [SEP]; nothing between where none is named."""
-        found = self._tags.get(i)
-        if found is None:
-            found = self._encode_tags(i)
-            if self._room > 0:
-                self._tags[i] = found
-                self._room -= 1
-        return found
-
-    def _encode(self, i: int) -> list[Phrase]:
-        found = sentences(self._shards, i, self._answers is not None)
-        cleaned = [clean_caption(sentence.text, self._max_words) for sentence in found]
-        if not all(cleaned):
-            reason = "a caption holds nothing but punctuation; write a text or leave the sample out"
-            raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), reason)
-        return [
-            Phrase(self._tokenizer.encode(text), self._number(sentence.answer), sentence.answer is not None)
-            for text, sentence in zip(cleaned, found, strict=True)
-        ]
-
-    def _encode_tags(self, i: int) -> Ids:
-        words = AS_IT_IS if self._max_words == AS_IT_IS else 0  # cleaned as captions are, but whole
-        return self._tokenizer.encode(clean_caption(tags(self._shards, i), words))
-
-    def _number(self, answer: str | None) -> int:
-        if answer is None or self._answers is None:
-            return IGNORE
-        return self._answers.get(normal_answer(answer), IGNORE)
 
 
 class Pair(NamedTuple):
@@ -114,12 +51,11 @@ class Assembler:
         """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with."""
         pair = self._pair(i, views, draw)
         phrase = self._phrase(pair.words, "caption", views, draw)
-        ids, segments = phrase.ids, None
+        ids, lost, segments = phrase.ids, phrase.lost, None
         if self._inputs.tags:
-            named = (
-                self._phrase(pair.foreign, "tags", views, draw).ids if pair.tags < 0 else self._texts.tags(pair.tags)
-            )
-            ids, segments = tag_data.join(ids, named, self._inputs.text_length)
+            named = self._phrase(pair.foreign, "tags", views, draw) if pair.tags < 0 else self._texts.tags(pair.tags)
+            ids, segments, cut = tag_data.join(ids, named.ids, self._inputs.text_length)
+            lost += named.lost + sum(self._tokenizer.count_words(part) for part in cut)
         text = {name: view(ids, self._tokenizer, draw(f"text.{name}")) for name, view in views.text.items()}
         seen = self._regions(pair.picture, views, draw) if views.regions else None
         if views.mismatch and views.mismatch.labels == "blanked" and not pair.matched:
@@ -130,6 +66,7 @@ class Assembler:
             text=text,
             visual=self._pictures(pair.picture, views, draw) if views.visual else {},
             regions=seen,
+            lost_words=lost,
             segments=segments,
             matched=pair.matched if views.mismatch else None,
             tags_swapped=pair.swapped if views.swap_tags else None,

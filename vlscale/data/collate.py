@@ -37,6 +37,7 @@ class Sample:
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
     visual: dict[str, Pixels]  # view -> uint8 [H, W, 3]
     regions: RegionSample | None = None
+    lost_words: int = 0  # of its text, for which there was no room
     segments: Ids | None = None  # [L]
     matched: bool | None = None
     tags_swapped: int | None = None
@@ -68,6 +69,7 @@ def collate(
         visual=stack_regions(regions, targets) if regions else visual,
         pair_id=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         keys=tuple(sample.key for sample in samples),
+        lost_words=tuple(sample.lost_words for sample in samples),
         task=task,
         matched=_column([sample.matched for sample in samples], torch.bool),
         tags_swapped=_column([sample.tags_swapped for sample in samples], torch.int64),

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlscale.data.assemble import Assembler, Texts
+from vlscale.data.assemble import Assembler
 from vlscale.data.batches import Batching
 from vlscale.data.collate import Sample, collate
 from vlscale.data.order import Draws, Order, TaskOrder
+from vlscale.data.phrases import Texts
 from vlscale.data.samples import Bad, BrokenSampleError
 from vlscale.data.shards import Shards
 from vlscale.data.shuffle import Numbers

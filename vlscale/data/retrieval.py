@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlscale.data.assemble import Texts
 from vlscale.data.collate import pad_texts, stack_pictures
 from vlscale.data.decode import Pixels, resize
 from vlscale.data.masking import Ids
+from vlscale.data.phrases import Texts
 from vlscale.data.samples import Bad, BrokenSampleError, picture
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer

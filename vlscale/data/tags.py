@@ -14,6 +14,7 @@ class Tagged(NamedTuple):
 
     ids: Ids  # [L]
     segments: Ids  # [L] 0 = words with their [CLS] and [SEP], 1 = tags and theirs
+    cut: tuple[Ids, Ids]  # the last words and the last tags, for which there was no room
 
 
 def join(words: Ids, tags: Ids, length: int) -> Tagged:
@@ -35,6 +36,7 @@ def join(words: Ids, tags: Ids, length: int) -> Tagged:
         else:
             cut_tags += alone
         kept, named = kept[: len(kept) - cut_words], named[: len(named) - cut_tags]
+    cut = words[1 + len(kept) : -1], tags[1 + len(named) : -1]
     ids = np.concatenate([start, kept, end, named, end])
     segments = (np.arange(len(ids)) >= len(kept) + 2).astype(np.int64)
-    return Tagged(ids, segments)
+    return Tagged(ids, segments, cut)
