@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +26,19 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vlscale import console
+from vlscale.data import parallel
 from vlscale.data.formats import FORMATS
-from vlscale.errors import DONE, ConfigError, DataError, did_you_mean
+from vlscale.errors import DONE, STOPPED, ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
     from vlscale.data.write import Layout, Written
 
+INTERRUPTED = 130  # as shells say of Ctrl-C
 SHOWN = 10  # problems that are printed; the JSON names more
 
 
 def make(argv: list[str]) -> int:
-    """Write shards from another format."""
+    """Write shards from another format; the same command goes on where it was stopped."""
     parser = _parser("make", make.__doc__)
     for name, metavar, text in (
         ("--vocab", "FILE", "vocab.txt that the token ids of uniter_lmdb are of"),
@@ -51,13 +55,30 @@ def make(argv: list[str]) -> int:
     _layout_options(parser)
     options = _parse(parser, argv)
 
-    from vlscale.data import formats, write
+    from vlscale.data import formats, manifest, write
 
     layout = _layout(options)
     names = ("captions", "vocab", "class_names", "images", "split")
     chosen = {name: getattr(options, name) for name in names}
     source = formats.open_source(options.format, options.source, **chosen)
-    return _told(write.make(source, layout, SHOWN))
+    origin = manifest.origin({"from": options.format, "source": options.source, **chosen})
+    with _interruptible():
+        written = write.make(source, layout, SHOWN, origin)
+    return _told(written, layout.folder / f"{layout.prefix}.broken.jsonl")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """TERM ends the work as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _layout_options(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +87,18 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, text in (
         ("--samples_per_shard", int, 5_000, "samples of a shard at most"),
         ("--megabytes", float, float("inf"), "size of a shard at most"),
-        ("--processes", int, 1, "processes that convert"),
+        ("--quality", int, 95, "of the JPEGs that --resize writes"),
     ):
         parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    text = "make pictures whose short side is longer so large, as JPEG; default: pictures stay as they are"
+    parser.add_argument("--resize", type=int, default=None, metavar="PIXELS", help=text)
     parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
+    _processes_option(parser)
+
+
+def _processes_option(parser: argparse.ArgumentParser) -> None:
+    text = "processes that do the work; default: one for each core, here %(default)s"
+    parser.add_argument("--processes", type=int, default=parallel.cores(), metavar="N", help=text)
 
 
 def _layout(options: argparse.Namespace) -> Layout:
@@ -79,12 +108,14 @@ def _layout(options: argparse.Namespace) -> Layout:
     return Layout(**{field.name: getattr(options, names.get(field.name, field.name)) for field in fields(Layout)})
 
 
-def _told(written: Written) -> int:
-    """Say what was written."""
+def _told(written: Written, broken: Path | None = None) -> int:
+    """Say what was written; `broken` is the file that lists the samples that were not."""
     size = sum(path.stat().st_size for path in written.shards) / 2**20
     print(f"{written.samples} samples in {len(written.shards)} shard(s), {size:.1f} MiB: {written.shards[0]} ...")
+    if written.before:
+        print(f"{written.before} of them were there already")
     if written.broken:
-        print(f"{written.broken} broken and left out, such as")
+        print(f"{written.broken} broken and left out{f', listed in {broken}' if broken else ''}, such as")
         for name, reason in written.named:
             print(f"  {name}: {reason}")
     return DONE
@@ -196,7 +227,12 @@ def main(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
+        try:
+            return COMMANDS[argv[0]](argv[1:])
+        except KeyboardInterrupt:
+            goes_on = "; the same command goes on after the shards that are whole" if argv[0] == "make" else ""
+            print(f"\nstopped{goes_on}", file=sys.stderr)
+            return STOPPED if goes_on else INTERRUPTED
     console.parse(parser, argv)
     raise ConfigError(f"write a command: {', '.join(COMMANDS)}")
 

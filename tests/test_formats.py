@@ -119,6 +119,9 @@ def test_nothing_is_left_where_all_are_broken(tmp_path: Path) -> None:
 def test_old_shards_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "in", 2)
     made(tmp_path, "folder", source)
+    with pytest.raises(ConfigError, match=r"holds data shards made with samples_per_shard 5000, not 1; go on"):
+        made(tmp_path, "folder", source, samples=1)
+    (tmp_path / "out" / "data.made.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"data-000000.tar is there already; write another --to or --prefix"):
         made(tmp_path, "folder", source)
 

@@ -45,7 +45,7 @@ def test_from_a_folder_to_shards_that_training_reads(tmp_path: Path, printed: Pr
     said = printed("make", "--from", "folder", "--source", source, "--to", tmp_path / "out", "--samples_per_shard", 3)
     assert said.splitlines()[0].startswith("4 samples in 2 shard(s)")
     assert said.splitlines()[1:] == [
-        "1 broken and left out, such as",
+        f"1 broken and left out, listed in {tmp_path}/out/data.broken.jsonl, such as",
         "  p1: it is not a JPEG, PNG or WebP picture",
     ]
     assert len(list((tmp_path / "cache" / "index").iterdir())) == 2

@@ -1,33 +1,31 @@
-"""Samples to tar shards: whole or not at all, and the same bytes for the same samples."""
+"""Samples to tar shards: each whole or not at all, and the same bytes for the same samples."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
-import shutil
 import tarfile
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from io import BytesIO
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from vlscale.data import checksums, parallel
 from vlscale.data.detections import Detections, write_regions
+from vlscale.data.manifest import Finished, Manifest
 from vlscale.data.shards import Shards, load_index
+from vlscale.data.shrink import Shrink
 from vlscale.errors import ConfigError, DataError
 
-CHUNK = 16  # items that a process is given at once
-AHEAD = 3  # chunks that each process has been given beyond what was written
 _Item = TypeVar("_Item")
 
 
@@ -57,6 +55,7 @@ class Written(NamedTuple):
     samples: int
     broken: int
     named: list[tuple[str, str]]  # (key, reason) of the first broken ones
+    before: int = 0  # samples that an earlier, interrupted run had written
 
 
 class Member(NamedTuple):
@@ -69,7 +68,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where shards go and how large they are; a shard ends at whichever limit it meets first."""
+    """Where shards go and what they are like; a shard ends at whichever limit it meets first."""
 
     folder: Path
     prefix: str
@@ -77,6 +76,8 @@ class Layout:
     megabytes: float = float("inf")
     dtype: str = "float16"  # of features and class_probs
     processes: int = 1
+    resize: int | None = None  # pixels of a picture's short side at most
+    quality: int = 95  # of the JPEGs that `resize` writes
 
     def __post_init__(self) -> None:
         """ConfigError for a number or a name that cannot be."""
@@ -87,6 +88,17 @@ class Layout:
         if not re.fullmatch(r"[\w-]+", self.prefix):
             raise ConfigError(f"--prefix '{self.prefix}' cannot start a shard's name; write letters, digits, _ and -")
         require_dtype(self.dtype)
+        self.shrink()
+
+    def shrink(self) -> Shrink | None:
+        """What makes pictures smaller, if something does."""
+        return None if self.resize is None else Shrink(self.resize, self.quality)
+
+    def options(self) -> dict[str, object]:
+        """What the shards' bytes depend on, as JSON can hold it."""
+        said = {name: value for name, value in asdict(self).items() if name not in ("folder", "prefix", "processes")}
+        said["samples_per_shard"] = said.pop("samples")
+        return {**said, "megabytes": None if self.megabytes == float("inf") else self.megabytes}
 
 
 def require_dtype(dtype: str) -> None:
@@ -95,64 +107,75 @@ def require_dtype(dtype: str) -> None:
         raise ConfigError(f"--dtype is '{dtype}'; write float16 or float32")
 
 
-def make(source: Source[Any], layout: Layout, named: int = 10) -> Written:
-    """Write all samples of `source`, in its order, and the index that training reads first.
+def make(source: Source[Any], layout: Layout, named: int = 10, origin: Mapping[str, object] | None = None) -> Written:
+    """Write all samples of `source`, in its order, their checksums, and the index that training reads first.
 
-    Broken samples are left out, counted, and the first `named` of them named. ConfigError if the folder holds
-    such shards already, DataError if no sample could be written.
+    Each shard is put in its place when it is whole. Ended at any point, the same call goes on after the last of them,
+    and in the end the bytes are those of one run, in any number of processes. Broken samples are left out, listed in
+    `PREFIX.broken.jsonl`, and the first `named` of them named. `origin` tells what the source was opened from: where
+    it or the layout differs from that of the shards there, going on is refused. ConfigError for this and for shards
+    that nothing is known of; DataError if no sample could be written, or the disk is full.
     """
-    return write(convert(source, layout), layout, named)
+    _make_folder(layout.folder)
+    manifest = Manifest(layout.folder, layout.prefix, {**(origin or {}), **layout.options()})
+    try:
+        with manifest:
+            before = sum(each.samples for each in manifest.finished)
+            if not manifest.ended:
+                _write(source, layout, manifest)
+    except OSError as error:  # a full disk, a source that may not be read
+        done = f"it goes on after the {len(manifest.finished)} shard(s) that are whole" if manifest.finished else ""
+        reason = f"no more shards in {layout.folder}: {error}; mend that and run it again"
+        raise DataError(f"{reason}{done and ', ' + done}") from error
+    paths = [layout.folder / each.shard for each in manifest.finished]
+    samples = sum(each.samples for each in manifest.finished)
+    return Written(paths, samples, len(manifest.broken), manifest.broken[:named], before)
 
 
-def convert(source: Source[Any], layout: Layout) -> Iterator[Member]:
-    """Every sample as bytes, in the source's order, by several processes if the layout says so."""
-    job = _Job(source, layout.dtype)
-    if layout.processes == 1:
-        yield from map(job, source.items())
-    else:
-        yield from _in_order(job, layout.processes)
+def _write(source: Source[Any], layout: Layout, manifest: Manifest) -> None:
+    """All of `source` that the manifest has not, and then its end."""
+    items = source.items()
+    total = length_hint(items) or None
+    with _Writer(layout, manifest) as writer:
+        writer.pass_over(items)
+        progress = tqdm(total=total, initial=writer.items, desc=layout.prefix, unit="sample", disable=None)
+        with closing(_convert(source, items, layout)) as members, progress:
+            for member in members:
+                if writer.add(member):
+                    progress.set_postfix(broken=len(manifest.broken), refresh=False)
+                progress.update()
+        writer.close()
+    if not manifest.finished:
+        raise DataError(_nothing(manifest.broken))
+    checksums.add_sums(layout.folder, {each.shard: each.sha256 for each in manifest.finished})
+    manifest.end()
 
 
+def _nothing(broken: Sequence[tuple[str, str]]) -> str:
+    why = f"all {len(broken)} are broken; the first, '{broken[0][0]}': {broken[0][1]}" if broken else "there is none"
+    return f"no sample could be written: {why}"
+
+
+def _convert(source: Source[Any], items: Iterator[tuple[str, Any]], layout: Layout) -> Generator[Member, None, None]:
+    """Samples as bytes, in the items' order."""
+    return parallel.ordered(_Job(source, layout.dtype, layout.shrink()), items, layout.processes)
+
+
+@dataclass(frozen=True)
 class _Job:
     """From an item to bytes."""
 
-    here: _Job  # of a converting process, which is given it once: all captions may be in it
-
-    def __init__(self, source: Source[Any], dtype: str) -> None:
-        self.source = source
-        self.dtype = dtype
+    source: Source[Any]
+    dtype: str
+    shrink: Shrink | None
 
     def __call__(self, named: tuple[str, Any]) -> Member:
         name, item = named
         try:
-            return Member(key_of(name), encode(self.source.sample(name, item), self.dtype))
+            sample = self.source.sample(name, item)
+            return Member(key_of(name), encode(self.shrink(sample) if self.shrink else sample, self.dtype))
         except ValueError as error:
             return Member(key_of(name), {}, str(error))
-
-
-def _start(job: _Job) -> None:
-    _Job.here = job
-
-
-def _convert(chunk: list[tuple[str, Any]]) -> list[Member]:
-    return list(map(_Job.here, chunk))
-
-
-def _in_order(job: _Job, processes: int) -> Iterator[Member]:
-    context = multiprocessing.get_context("spawn")  # threads of ours or of a library must not be forked
-    waiting: deque[Future[list[Member]]] = deque()
-    items = job.source.items()
-    try:
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job,)) as pool:
-            while chunk := list(islice(items, CHUNK)):
-                waiting.append(pool.submit(_convert, chunk))
-                if len(waiting) > AHEAD * processes:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        reason = "a converting process was killed, as happens when memory runs out; write fewer --processes"
-        raise DataError(reason) from error
 
 
 def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
@@ -164,69 +187,172 @@ def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
     return fields
 
 
-def write(members: Iterable[Member], layout: Layout, named: int = 10) -> Written:
-    """Write members that are bytes already; see `make`."""
-    _make_folder(layout.folder)
-    _require_free(layout)
-    written = _write_all(members, layout, named)
-    if not written.samples:
-        raise DataError(_nothing(written.broken, written.named))
-    return written
+class _Writer:
+    """Fills one shard after the other and notes each that is whole; a context manager."""
+
+    def __init__(self, layout: Layout, manifest: Manifest) -> None:
+        self._layout = layout
+        self._manifest = manifest
+        self._last = manifest.finished[-1] if manifest.finished else None
+        self.items = self._last.items if self._last else 0  # of the source, up to now
+        self._seen = sha256()  # of their keys
+        self._keys = _keys([layout.folder / each.shard for each in manifest.finished])
+        self._tar: _Tar | None = None
+        self._mark: dict[str, Any] = {}  # how far the source was at the open shard's last sample
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tar:
+            self._tar.drop()
+
+    def pass_over(self, items: Iterator[tuple[str, Any]]) -> None:
+        """Take from `items` what is in whole shards already. DataError if these are others."""
+        for name, _ in islice(items, self.items):
+            self._seen.update(key_of(name).encode() + b"\n")
+        if self._last and self._seen.hexdigest() != self._last.keys:
+            raise DataError(
+                f"the source no longer holds what {self._layout.folder / self._last.shard} was made of; "
+                "write another --to or --prefix, or remove the old shards"
+            )
+
+    def add(self, member: Member) -> str:
+        """Write a sample; returns why not, if so."""
+        self.items += 1
+        self._seen.update(member.key.encode() + b"\n")
+        twice = f"its key '{member.key}' is that of an earlier one" if member.key in self._keys else ""
+        if reason := member.reason or twice:
+            self._manifest.leave_out(member.key, reason)
+            return reason
+        self._keys.add(member.key)
+        if self._tar and self._is_full(self._tar, member):
+            self.close()
+        if not self._tar:
+            self._tar = _Tar(self._layout.folder / self._manifest.shard(len(self._manifest.finished)))
+        self._tar.add(member)
+        self._mark = {
+            "items": self.items,
+            "keys": self._seen.hexdigest(),
+            "broken": len(self._manifest.broken),
+        }
+        return ""
+
+    def _is_full(self, tar: _Tar, member: Member) -> bool:
+        size = sum(map(len, member.fields.values()))
+        return tar.samples >= self._layout.samples or tar.bytes + size > self._layout.megabytes * 2**20
+
+    def close(self) -> None:
+        """End the open shard, if there is one."""
+        if self._tar:
+            path = self._tar.path
+            digest = self._tar.close()
+            samples, self._tar = self._tar.samples, None
+            self._manifest.add(Finished(path.name, path.stat().st_size, digest, samples, **self._mark))
+            load_index(path)
 
 
-def _nothing(broken: int, named: Sequence[tuple[str, str]]) -> str:
-    why = f"all {broken} are broken; the first, '{named[0][0]}': {named[0][1]}" if named else "there is none"
-    return f"no sample could be written: {why}"
+def _keys(paths: Sequence[Path]) -> set[str]:
+    """The keys of all samples in shards."""
+    if not paths:
+        return set()
+    shards = Shards(paths)
+    return {shards.key(i) for i in range(len(shards))}
 
 
-def _write_all(members: Iterable[Member], layout: Layout, named: int, name: str = "") -> Written:
-    """Into a scratch folder, then into place; the only shard under `name`, if one is given."""
-    broken, first = 0, list[tuple[str, str]]()
-    try:
-        with _Scratch(layout.folder) as scratch:
-            with closing(_Writer(scratch, layout)) as writer, tqdm(unit="sample", disable=None) as progress:
-                for member in members:
-                    reason = member.reason or writer.add(member)
-                    broken += bool(reason)
-                    if reason and len(first) < named:
-                        first.append((member.key, reason))
-                    progress.update()
-            shards = [layout.folder / (name or path.name) for path in writer.paths]
-            for old, new in zip(writer.paths, shards, strict=True):
-                os.replace(old, new)
-    except OSError as error:  # a full disk, a source that may not be read
-        raise DataError(f"no shards in {layout.folder}: {error}; mend that and run it again") from error
-    for shard in shards:
-        load_index(shard)
-    return Written(shards, writer.samples, broken, first)
+class _Tar:
+    """One shard, which has a hidden name until it is whole and on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = 0
+        self._hidden = path.with_name(f".{path.name}.part")
+        self._tar = tarfile.TarFile(self._hidden, "w", format=tarfile.GNU_FORMAT)  # names of any length
+
+    @property
+    def bytes(self) -> int:
+        """How many have been written."""
+        return self._tar.offset
+
+    def add(self, member: Member) -> None:
+        """Write a sample's members, without date, owner or anything else that differs between machines."""
+        for name, data in member.fields.items():
+            info = tarfile.TarInfo(f"{member.key}.{name}")
+            info.size = len(data)
+            self._tar.addfile(info, BytesIO(data))
+        self.samples += 1
+
+    def close(self) -> str:
+        """Put it in its place; its sha256."""
+        self._tar.close()
+        with open(self._hidden, "rb") as file:
+            os.fsync(file.fileno())
+        digest = checksums.sha256(self._hidden)
+        os.replace(self._hidden, self.path)
+        return digest
+
+    def drop(self) -> None:
+        """Leave nothing of it."""
+        with suppress(OSError):  # a full disk takes the rest of the last block no better than the first
+            self._tar.close()
+        self._hidden.unlink(missing_ok=True)
 
 
 def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Member]], named: int = 10) -> Written:
     """Copies of `shards` in `folder`, shard by shard and under the same names, of what `change` makes of their samples.
 
-    `change` is given the numbers of a shard's samples. Each copy is written whole or not at all; the rest is as in
-    `make`.
+    `change` is given the numbers of a shard's samples. Each copy is written whole or not at all; broken samples are
+    left out and the first `named` of them named. ConfigError if the folder holds one of the shards already, DataError
+    if no sample could be written.
     """
     _make_folder(folder)
-    names = [path.name for path in shards.paths]
+    names = [os.path.basename(path) for path in shards.paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"two shards are named {twice}; write their copies to two folders")
     if there := [folder / name for name in names if (folder / name).exists()]:
         raise ConfigError(f"{there[0]} is there already; write another --to, or remove the old shards")
-    done: list[Written] = []
-    for number, path in enumerate(shards.paths):
-        samples = range(shards.start(number), shards.start(number + 1))
-        layout = Layout(folder, "shard", samples=max(1, len(samples)))
-        done.append(_write_all(change(samples), layout, named, path.name))
-    if not sum(each.samples for each in done):
-        raise DataError(_nothing(sum(each.broken for each in done), [pair for each in done for pair in each.named]))
-    return Written(
-        [path for each in done for path in each.shards],
-        sum(each.samples for each in done),
-        sum(each.broken for each in done),
-        [pair for each in done for pair in each.named][:named],
-    )
+    sums: dict[str, str] = {}
+    broken: list[tuple[str, str]] = []
+    samples = 0
+    try:
+        with tqdm(total=len(shards), unit="sample", disable=None) as progress:
+            for number, name in enumerate(names):
+                members = change(range(shards.start(number), shards.start(number + 1)))
+                written, digest = _copy(folder / name, members, broken, progress)
+                samples += written
+                sums.update({name: digest} if written else {})
+        if not samples:
+            raise DataError(_nothing(broken))
+        checksums.add_sums(folder, sums)
+    except OSError as error:
+        raise DataError(f"no more shards in {folder}: {error}; mend that and run it again") from error
+    return Written([folder / name for name in sums], samples, len(broken), broken[:named])
+
+
+def _copy(path: Path, members: Iterator[Member], broken: list[tuple[str, str]], progress: tqdm[Any]) -> tuple[int, str]:
+    """Write one shard, if it has samples that are not broken: their number and its sha256."""
+    try:
+        tar = _Tar(path)
+    except OSError as error:
+        reason = f"--to {path.parent} cannot be written ({error.strerror}); write a folder that can"
+        raise ConfigError(reason) from error
+    try:
+        for member in members:
+            if member.reason:
+                broken.append((member.key, member.reason))
+            else:
+                tar.add(member)
+            progress.update()
+        if tar.samples:
+            digest = tar.close()
+            load_index(path)
+            return tar.samples, digest
+        return 0, ""
+    finally:
+        tar.drop()
 
 
 def _make_folder(folder: Path) -> None:
@@ -234,77 +360,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); write a folder that can") from error
-
-
-def _require_free(layout: Layout) -> None:
-    there = sorted(layout.folder.glob(f"{layout.prefix}-[0-9]*.tar"))
-    if there:
-        raise ConfigError(f"{there[0]} is there already; write another --to or --prefix, or remove the old shards")
-
-
-class _Scratch:
-    """A hidden folder beside the shards, which ends with the block."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
-        except OSError as error:
-            reason = f"--to {self.folder} cannot be written ({error.strerror}); write a folder that can"
-            raise ConfigError(reason) from error
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-@dataclass
-class _Writer:
-    """Fills one shard after the other."""
-
-    folder: Path
-    layout: Layout
-    samples: int = 0
-    paths: list[Path] = field(default_factory=list)
-    _tar: tarfile.TarFile | None = None
-    _within: int = 0  # samples in the open shard
-    _keys: set[str] = field(default_factory=set)
-
-    def add(self, member: Member) -> str:
-        """Write a sample; returns why not, if so."""
-        if member.key in self._keys:
-            return f"its key '{member.key}' is that of an earlier one"
-        self._keys.add(member.key)
-        size = sum(map(len, member.fields.values()))
-        if self._tar and (self._within >= self.layout.samples or self._full(size)):
-            self.close()
-        if not self._tar:
-            self.paths.append(self.folder / f"{self.layout.prefix}-{len(self.paths):06d}.tar")
-            self._tar = tarfile.TarFile(self.paths[-1], "w", format=tarfile.GNU_FORMAT)  # names of any length
-            self._within = 0
-        for name, data in member.fields.items():
-            _add(self._tar, f"{member.key}.{name}", data)
-        self._within += 1
-        self.samples += 1
-        return ""
-
-    def _full(self, size: int) -> bool:
-        return self._tar is not None and self._tar.offset + size > self.layout.megabytes * 2**20
-
-    def close(self) -> None:
-        """End the open shard, if there is one."""
-        if self._tar:
-            self._tar.close()
-            self._tar = None
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member without date, owner or anything else that differs from one machine to another."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, BytesIO(data))
 
 
 def key_of(name: str) -> str:

@@ -1,0 +1,63 @@
+"""`SHA256SUMS` beside the shards, in the form that `sha256sum --check` reads."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlscale.errors import DataError
+
+SUMS = "SHA256SUMS"
+BLOCK = 2**20
+
+
+def sha256(path: Path) -> str:
+    """64 hex digits of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """{name: sha256} of a folder's shards; empty where no `SHA256SUMS` is. DataError if it is damaged."""
+    file = folder / SUMS
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); mend or remove it") from error
+    sums: dict[str, str] = {}
+    for line in lines:
+        digest, _, name = line.partition(" ")
+        if len(digest) != 64 or name[:1] not in (" ", "*"):
+            raise DataError(f"{file} holds the line '{line[:80]}'; write a sha256, two spaces and a name, or remove it")
+        sums[name[1:]] = digest.lower()
+    return sums
+
+
+def add_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Put `sums` into the folder's `SHA256SUMS`, in place of older ones of the same names."""
+    with lock(folder):
+        merged = {**read_sums(folder), **sums}
+        scratch = folder / f".{SUMS}.part"
+        scratch.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(merged.items())), encoding="utf-8")
+        os.replace(scratch, folder / SUMS)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process has locked `folder`. It ends with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
