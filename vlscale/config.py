@@ -149,7 +149,16 @@ AT_LEAST_1 = (
     "evaluation.limit",
     "logging.every",
 )
-AT_LEAST_0 = ("seed", "data.workers", "optim.lr", "optim.warmup", "optim.clip", "evaluation.every")
+AT_LEAST_0 = (
+    "seed",
+    "data.workers",
+    "data.bad_budget",
+    "data.bad_always",
+    "optim.lr",
+    "optim.warmup",
+    "optim.clip",
+    "evaluation.every",
+)
 KEYS = (*PLAIN, *SECTIONS, "family", "objectives", "views", "tasks")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,19 @@ from torch import Tensor
 from vlscale import build, checkpoint, config, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
+from vlscale.data import bad as bad_data
+from vlscale.data.bad import BadSamples, Budget
 from vlscale.data.loader import Loader
-from vlscale.data.samples import Bad
 from vlscale.engine import Engine, StepReport
+from vlscale.errors import DataError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
 from vlscale.throughput import StepClock
 from vlscale.types import Batch, Loss
+
+Served = tuple[int, list[Batch]]  # a step and this rank's micro-batches
 
 
 class Record:
@@ -43,11 +47,17 @@ class Record:
         self._clock = StepClock(setting.device)
         self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
         self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
-        self._named: set[Bad] = set()
+        self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
+        self.too_many_bad = ""  # the sentence that ends the run, once it should
 
-    def timed(self, steps: Any) -> Any:
+    def timed(self, steps: Iterable[Served]) -> Iterator[Served]:
         """The loader's steps, with the time spent waiting for them noted."""
-        return self._clock.waiting(steps)
+        try:
+            yield from self._clock.waiting(steps)
+        except DataError:
+            if self._bad:
+                self._bad.add(self._loader.take_bad())  # of this rank; the others may be gone
+            raise
 
     def step(
         self,
@@ -59,10 +69,6 @@ class Record:
     ) -> None:
         """Note a step; at log steps, write its line."""
         self._skipped += not report.applied
-        for bad in self._loader.take_bad():
-            if bad not in self._named:
-                self._named.add(bad)
-                self._monitor.warn(f"sample '{bad.key}' of shard {bad.shard} is skipped: {bad.reason}")
         self._clock.step(batches)
         run = self._run
         if step % run.logging.every and step not in (1, run.steps):
@@ -84,7 +90,7 @@ class Record:
         flops = step_flops(self._model, batches[0]).model * len(batches)
         values |= self._clock.read(samples_per_step=run.data.batch, ranks=ranks, flops=flops, peak=self._peak)
         values["skipped_steps"] = self._skipped
-        values["bad_samples"] = self._bad_samples()
+        values["bad_samples"] = self._bad_samples(step)
         if run.logging.sample_keys:
             values["sample_keys"] = global_keys(batches)
         self._monitor.scalars(step, values)
@@ -96,7 +102,7 @@ class Record:
             TrainingError: the ranks' key queues have come to differ.
         """
         distributed.same_settings("what the ranks keep", self._model.queue_digests())
-        loader = {**self._loader.state(), "bad_samples": self._bad_samples()}
+        loader = {**self._loader.state(), "bad_samples": self._bad_samples(step)}
         state = {
             "step": step,
             "world_size": distributed.world_size(),
@@ -113,9 +119,24 @@ class Record:
         """Whether `evaluate` has been called at this step, in this run or before it was stopped."""
         return self._evaluated == step
 
-    def _bad_samples(self) -> int:
-        """How many were skipped so far on all ranks."""
-        return sum(int(str(count)) for count in distributed.gather_objects(self._loader.bad_samples))
+    def close(self) -> None:
+        """Say what has not been said yet."""
+        for message in self._bad.rest() if self._bad else ():
+            self._monitor.warn(message)
+
+    def _bad_samples(self, step: int) -> int:
+        """How many were skipped so far on all ranks; rank 0 names the new ones, and all learn if they are too many."""
+        own = self._loader.bad_samples, tuple(dict.fromkeys(self._loader.take_bad()))
+        everyone: list[Any] = distributed.gather_objects(own)
+        count: int = sum(each for each, _ in everyone)
+        found = [bad for _, fresh in everyone for bad in fresh]
+        for message in self._bad.add(found) if self._bad else ():
+            self._monitor.warn(message)
+        data, seen = self._run.data, step * self._run.data.batch
+        budget = Budget(data.bad_budget, data.bad_always)
+        if found and budget.spent(count, seen):
+            self.too_many_bad = budget.refusal(count, seen, found[-1], self._setting.out / bad_data.FILE)
+        return count
 
     def _passes(self, samples: int) -> dict[str, float]:
         """`epoch/<source>`: how often each source was gone through, where weights mix several."""

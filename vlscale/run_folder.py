@@ -20,7 +20,7 @@ from vlscale.checkpoint import write_atomically
 from vlscale.errors import ConfigError
 
 CONFIG = "config.yaml"
-MAY_CHANGE = ("steps", "logging", "evaluation")  # keys that leave a run the same
+MAY_CHANGE = ("steps", "logging", "evaluation", "data.bad_budget", "data.bad_always")  # keys that leave a run the same
 
 
 def default_name(recipe: str) -> Path:
@@ -101,7 +101,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _may_change(key: str) -> bool:
-    return key.split(".")[0] in MAY_CHANGE
+    return f"{key}.".startswith(tuple(f"{each}." for each in MAY_CHANGE))
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

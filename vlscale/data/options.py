@@ -25,3 +25,5 @@ class DataConfig:
     batch: int = 64  # samples per optimizer step over all ranks
     micro_batch: int | None = None  # samples per rank and forward pass; None = batch / ranks, no accumulation
     workers: int | None = None  # loader processes per rank; None = by machine
+    bad_budget: float = 0.01  # share of the samples served that may be broken before the run ends; a crawl has 0.005
+    bad_always: int = 100  # so many may be, whatever their share
