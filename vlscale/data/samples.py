@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,12 @@ from vlscale.types import Inputs
 
 TEXT_FIELDS = ("json", "txt")
 REGION_FIELD = "regions.npz"
+MAX_TEXT_BYTES = 1 << 22  # of a json or txt: thousands of captions and boxes
+MAX_MEMBER_BYTES = 1 << 28  # of anything else
+MAX_CAPTION = 100_000  # characters
+MAX_CAPTIONS = 10_000  # of one sample, questions included
+MAX_SIDE = 1_000_000  # pixels of a picture that regions lie in
+MAX_REASON = 300  # characters; a reason may quote what was found
 PICTURE_FIELDS = tuple(f"{number}{end}" for number in ("", "0.") for end in ("jpg", "jpeg", "png", "webp"))
 
 
@@ -27,7 +34,7 @@ class BrokenSampleError(DataError):
         super().__init__(shard, key, reason)
         self.shard = shard
         self.key = key
-        self.reason = reason
+        self.reason = reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
     def __str__(self) -> str:
         return f"sample '{self.key}' of shard {self.shard}: {self.reason}"
@@ -54,7 +61,7 @@ def picture(shards: Shards, i: int) -> Pixels:
         reason = f"has no picture (jpg, png or webp) but {has}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
-        return decode(shards.read(i, (field,))[field])
+        return decode(_read(shards, i, (field,), MAX_MEMBER_BYTES)[field])
     except ValueError as error:
         reason = f"the picture in '{field}' cannot be decoded: {error}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason) from error
@@ -66,16 +73,16 @@ def regions(shards: Shards, i: int, inputs: Inputs, wanted: frozenset[str]) -> R
     BrokenSampleError if the sample has no `regions.npz` or if that lacks what is `wanted` (names of
     `vlscale.data.regions.FIELDS`).
     """
-    raw = shards.read(i, (REGION_FIELD, "json"))
-    if REGION_FIELD not in raw:
+    if REGION_FIELD not in shards.fields(i):
         has = ", ".join(shards.fields(i))
         reason = f"has no '{REGION_FIELD}' but {has}; `launchers/shards.py regions` adds one to pictures"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
+        raw = {**_read(shards, i, ("json",)), **_read(shards, i, (REGION_FIELD,), MAX_MEMBER_BYTES)}
         found = region_data.parse(raw[REGION_FIELD], inputs.regions, wanted, _size(raw))
         region_data.check_widths(found, inputs)
     except ValueError as error:
-        raise BrokenSampleError(shards.shard(i), shards.key(i), f"its '{REGION_FIELD}' {error}") from error
+        raise BrokenSampleError(shards.shard(i), shards.key(i), f"its '{REGION_FIELD}': {error}") from error
     return found
 
 
@@ -93,10 +100,12 @@ def sentences(shards: Shards, i: int, questions: bool = False) -> list[Sentence]
     no text, if one is empty, or if the json is not valid.
     """
     try:
-        raw = shards.read(i, TEXT_FIELDS)
+        raw = _read(shards, i, TEXT_FIELDS)
         record = _record(raw)
         asked = _questions(record) if questions else []
         told = [] if asked and "caption" not in record and "txt" not in raw else _captions(raw, record)
+        if len(told) + len(asked) > MAX_CAPTIONS:
+            raise ValueError(f"has {len(told) + len(asked)} captions and questions; at most {MAX_CAPTIONS} are read")
         return [*map(Sentence, told), *asked]
     except ValueError as error:
         raise BrokenSampleError(shards.shard(i), shards.key(i), str(error)) from error
@@ -108,28 +117,15 @@ def tags(shards: Shards, i: int) -> str:
     Empty where nothing is named; BrokenSampleError if the json is not valid.
     """
     try:
-        record = _record(shards.read(i, ("json",)))
+        record = _record(_read(shards, i, ("json",)))
+        named = record.get("tags")
+        if named is None:
+            objects = [each for each in _listed(record, "objects") if isinstance(each, dict)]
+            named = [each.get("name") or each.get("label") or "" for each in objects]
+        named = named if isinstance(named, list) else [named]
+        return _checked(" ".join(str(each) for each in named if isinstance(each, str | int | float)), "the tags")
     except ValueError as error:
         raise BrokenSampleError(shards.shard(i), shards.key(i), str(error)) from error
-    named = record.get("tags")
-    if named is None:
-        objects = [each for each in _listed(record, "objects") if isinstance(each, dict)]
-        named = [each.get("name") or each.get("label") or "" for each in objects]
-    return named if isinstance(named, str) else " ".join(map(str, named if isinstance(named, list) else []))
-
-
-def every_text(shards: Shards, questions: bool = False, named: bool = False) -> Iterator[str]:
-    """All captions of a data set, such as a vocabulary is built from, with questions and tags if asked for.
-
-    Samples without a text are passed over.
-    """
-    for i in range(len(shards)):
-        try:
-            yield from (sentence.text for sentence in sentences(shards, i, questions))
-            if named:
-                yield tags(shards, i)
-        except BrokenSampleError:
-            continue
 
 
 def every_answer(shards: Shards) -> Iterator[str]:
@@ -141,14 +137,29 @@ def every_answer(shards: Shards) -> Iterator[str]:
             continue
 
 
-def _record(raw: Mapping[str, bytes]) -> dict[str, Any]:
-    """The json of a sample; empty where it has none, or one that is no mapping."""
+def _read(shards: Shards, i: int, fields: Sequence[str], most: int = MAX_TEXT_BYTES) -> dict[str, bytes]:
+    """These members of sample `i`. ValueError if one has more than `most` bytes, which are not read then."""
+    for field, size in shards.sizes(i).items():
+        if field in fields and size > most:
+            raise ValueError(f"its '{field}' has {size} bytes; at most {most} are read")
+    return shards.read(i, fields)
+
+
+def read_json(data: bytes) -> Any:
+    """What a json holds, whoever made it. ValueError with the reason if it is not valid or absurdly deep."""
     try:
-        record = json.loads(raw.get("json", b"{}"))
+        return json.loads(data)
     except UnicodeDecodeError as error:
         raise ValueError("its text is not UTF-8; write it anew as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise ValueError("its 'json' is nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"its 'json' is not valid JSON ({error})") from error
+
+
+def _record(raw: Mapping[str, bytes]) -> dict[str, Any]:
+    """The json of a sample; empty where it has none, or one that is no mapping."""
+    record = read_json(raw.get("json", b"{}"))
     return record if isinstance(record, dict) else {}
 
 
@@ -159,10 +170,22 @@ def _listed(record: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _size(raw: Mapping[str, bytes]) -> tuple[float, float] | None:
+    """(width, height) of the picture; None where the json does not tell."""
     record = _record(raw)
-    size = record.get("width"), record.get("height")
-    numbers = [float(side) for side in size if isinstance(side, int | float)]
+    sides = [record.get(name) for name in ("width", "height")]
+    numbers = [float(side) for side in sides if isinstance(side, int | float) and 0 < side <= MAX_SIDE]
     return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
+
+def _checked(text: str, what: str) -> str:
+    """`text`, which is to go to a tokenizer. ValueError if it cannot."""
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f"{what}: {len(text)} characters; at most {MAX_CAPTION} are read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair, as \ud800 in a json
+        raise ValueError(f"{what}: a character that is none ({error.reason}); write it anew as UTF-8") from error
+    return text
 
 
 def _captions(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> list[str]:
@@ -184,6 +207,7 @@ def _captions(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> list[str]:
             raise ValueError(f"a caption in '{field}' is a {kind}; write a string or a list of strings")
         if not caption.strip():
             raise ValueError(f"a caption in '{field}' is empty; write a text or leave the sample out")
+        _checked(caption, f"a caption in '{field}'")
     return listed
 
 
@@ -193,5 +217,8 @@ def _questions(record: Mapping[str, Any]) -> list[Sentence]:
         listed = [*listed, {"q": record["question"], "a": record.get("answer")}]
     for each in listed:
         if not (isinstance(each, dict) and isinstance(each.get("q"), str) and isinstance(each.get("a"), str)):
-            raise ValueError(f'a question in \'json\' is {each!r}; write {{"q": a question, "a": its answer}}')
+            found = reprlib.repr(each)
+            raise ValueError(f'a question in \'json\' is {found}; write {{"q": a question, "a": its answer}}')
+        _checked(each["q"], "a question in 'json'")
+        _checked(each["a"], "an answer in 'json'")
     return [Sentence(each["q"], each["a"]) for each in listed if each["q"].strip()]
