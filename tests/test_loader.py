@@ -330,7 +330,6 @@ def test_retrieval_covers_every_picture_and_caption_once(shards: Shards, tokeniz
 def test_retrieval_limit_and_bad_pictures(damaged: Shards, tokenizer: Tokenizer) -> None:
     batches = retrieve(damaged, tokenizer, 0, 1, batch=4, limit=10)
     assert [i for batch in batches for i in batch.index.tolist()] == [0, 1, 2, 3, 4, 7, 8, 9]
-    assert [bad.key for batch in batches for bad in batch.bad] == ["s005", "s006"]
 
 
 def test_real_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -101,7 +101,7 @@ def test_the_keys_of_an_evaluation(finished: Path) -> None:
     lines = [line for line in metrics(finished) if "loss" not in line]
     assert [line["step"] for line in lines] == [16, 32]
     names = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
-    more = ("i2t_median_rank", "t2i_median_rank", "candidates", "chance_r1")
+    more = ("i2t_median_rank", "t2i_median_rank", "candidates", "chance_r1", "skipped")
     for line in lines:
         assert set(line) == {"step", *(f"eval/retrieval/{name}" for name in (*names, *more))}
         assert line["eval/retrieval/candidates"] == 32

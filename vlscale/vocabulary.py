@@ -59,8 +59,8 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
 
 
 def _cache_key(shards: Shards, options: tuple[object, ...]) -> str:
-    """Tells the shards, their state, what is made of them, and what makes it."""
-    states = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards.paths)]
+    """Tells the shards, when local files changed last, what is made of them, and what makes it."""
+    states = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, filter(os.path.exists, shards.paths))]
     libraries = [metadata.version(name) for name in ("tokenizers", "transformers")]
     told = [_VERSION, MOST_CAPTIONS, libraries, shards.fingerprint(), states, options]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]

@@ -75,6 +75,12 @@ def test_the_limit_and_what_cannot_be_used(tmp_path: Path) -> None:
         batches(held_out(tmp_path, 4, limit=1))
 
 
+def test_retrieval_tells_how_many_pictures_it_had_to_skip(tmp_path: Path) -> None:
+    broken = {n: [(f"s{n:03d}.png", b"no picture"), (f"s{n:03d}.json", b'{"caption": "a thing"}')] for n in (2, 3, 9)}
+    metrics = retrieval.measure(held_out(tmp_path, 4, limit=8, special=broken)).metrics
+    assert (metrics["eval/retrieval/candidates"], metrics["eval/retrieval/skipped"]) == (6, 2)
+
+
 # --- the figures -------------------------------------------------------------------------------------------
 
 

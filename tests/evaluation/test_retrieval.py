@@ -1,26 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.distributed.spawn import run_ranks
 from vlscale import distributed
+from vlscale.data.retrieval import RetrievalBatch
 from vlscale.errors import ConfigError, DataError
 from vlscale.evaluation.retrieval import Features, evaluate, ranks
 from vlscale.types import Stream, Text, Visual
 
 CPU = torch.device("cpu")
-
-
-class Some(NamedTuple):
-    visual: Visual
-    text: Text
-    owner: Tensor
-    index: Tensor  # type: ignore[assignment]
 
 
 class Looker(nn.Module):
@@ -47,7 +40,7 @@ def features(visual: list[list[float]], text: list[list[float]], owner: list[int
     return Features(torch.tensor(visual), torch.tensor(text), torch.arange(len(visual)), torch.tensor(owner))
 
 
-def batches(numbers: list[int], size: int) -> Iterator[Some]:
+def batches(numbers: list[int], size: int) -> Iterator[RetrievalBatch]:
     """Pictures whose first caption is exact and whose second is vague, two per picture."""
     for start in range(0, len(numbers), size):
         some = torch.tensor(numbers[start : start + size])
@@ -56,7 +49,7 @@ def batches(numbers: list[int], size: int) -> Iterator[Some]:
         noise = torch.stack([some * 13 % 29, some * 7 % 31, some * 5 % 23], dim=1)
         captions = torch.stack([colours + noise // 4, colours + noise], dim=1).flatten(0, 1)
         text = Text(captions, torch.ones_like(captions, dtype=torch.bool))
-        yield Some(Visual(pixels), text, some.repeat_interleave(2), some)
+        yield RetrievalBatch(Visual(pixels), text, some.repeat_interleave(2), some)
 
 
 def on_ranks(uneven: bool) -> tuple[dict[str, float], int, int]:
@@ -64,7 +57,7 @@ def on_ranks(uneven: bool) -> tuple[dict[str, float], int, int]:
     rank, world = distributed.rank(), distributed.world_size()
     mine = (numbers if rank == 0 else []) if uneven else numbers[rank::world]
     family = Looker()
-    found = evaluate(family, batches(mine, 7), CPU)  # type: ignore[arg-type]
+    found = evaluate(family, batches(mine, 7), CPU)
     return found.metrics, family.calls, len(found.examples)
 
 
@@ -114,7 +107,7 @@ def test_figures_and_examples_of_one_process() -> None:
     family = Looker()
     family.train()
     family.drop.eval()
-    found = evaluate(family, batches(list(range(40)), 7), CPU, decode=str)  # type: ignore[arg-type]
+    found = evaluate(family, batches(list(range(40)), 7), CPU, decode=str)
     names = {name.removeprefix("eval/retrieval/") for name in found.metrics}
     recalls = {f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)}
     assert names == recalls | {"i2t_median_rank", "t2i_median_rank", "candidates", "chance_r1"}
@@ -144,8 +137,8 @@ def test_a_rank_without_pictures_keeps_step() -> None:
 
 def test_what_cannot_be_evaluated_is_said() -> None:
     with pytest.raises(DataError, match=r"data\.val"):
-        evaluate(Looker(), iter([]), CPU)  # type: ignore[arg-type]
+        evaluate(Looker(), iter([]), CPU)
     family = Looker()
     family.offers = frozenset({"text", "visual"})
     with pytest.raises(ConfigError, match="'Looker' does not offer"):
-        evaluate(family, iter([]), CPU)  # type: ignore[arg-type]
+        evaluate(family, iter([]), CPU)

@@ -12,7 +12,7 @@ from vlscale.data.collate import pad_texts, stack_pictures
 from vlscale.data.decode import Pixels, resize
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Texts
-from vlscale.data.samples import Bad, BrokenSampleError, picture
+from vlscale.data.samples import BrokenSampleError, picture
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.types import Inputs, Text, Visual
@@ -26,7 +26,6 @@ class RetrievalBatch:
     text: Text  # [C, L]
     owner: Tensor  # [C] int64, the number of each caption's picture in the data set
     index: Tensor  # [P] int64, the number of each picture in the data set
-    bad: tuple[Bad, ...] = ()  # skipped pictures
 
 
 def retrieval_batches(
@@ -44,7 +43,7 @@ def retrieval_batches(
 
     Rank r has the pictures r, r + world, ...; `batch` is the most pictures at a time. Every rank makes the
     same number of batches, so that passes with messages between ranks stay in step, provided that `batch` is
-    above 1 and no rank is without pictures. A picture that cannot be used is left out and named in `bad`.
+    above 1 and no rank is without pictures. A picture that cannot be used is left out.
     """
     texts = Texts(shards, tokenizer, max_words, None)
     num_pictures = min(limit or len(shards), len(shards))
@@ -61,7 +60,6 @@ def retrieval_batches(
 def _retrieval_batch(
     shards: Shards, texts: Texts, pictures: Sequence[int], size: int, pad: int
 ) -> RetrievalBatch | None:
-    bad: list[Bad] = []
     index: list[int] = []
     pixels: list[Pixels] = []
     rows: list[tuple[Ids, None]] = []
@@ -69,8 +67,7 @@ def _retrieval_batch(
     for i in pictures:
         try:
             phrases, shown = texts(i), resize(picture(shards, i), size, size)
-        except BrokenSampleError as error:
-            bad.append(Bad(str(error.shard), error.key, error.reason))
+        except BrokenSampleError:
             continue
         index.append(i)
         pixels.append(shown)
@@ -78,6 +75,4 @@ def _retrieval_batch(
         owner.extend([i] * len(phrases))
     if not index:
         return None
-    return RetrievalBatch(
-        stack_pictures(pixels), pad_texts(rows, pad), torch.tensor(owner), torch.tensor(index), tuple(bad)
-    )
+    return RetrievalBatch(stack_pictures(pixels), pad_texts(rows, pad), torch.tensor(owner), torch.tensor(index))

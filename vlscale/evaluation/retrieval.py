@@ -9,17 +9,16 @@ Shapes: P pictures, C captions (a picture may have several), E width of the shar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlscale import distributed
-from vlscale.data.retrieval import retrieval_batches
+from vlscale.data.retrieval import RetrievalBatch, retrieval_batches
 from vlscale.errors import ConfigError, DataError
 from vlscale.evaluation.base import Example, Found, HeldOut, evaluating
-from vlscale.types import Text, Visual
 
 if TYPE_CHECKING:
     from vlscale.families.base import Family
@@ -27,30 +26,6 @@ if TYPE_CHECKING:
 CHUNK = 1024  # rows of the similarity matrix that exist at a time
 EXAMPLES = 8
 PREFIX = "eval/retrieval/"
-
-
-class RetrievalBatch(Protocol):
-    """Some pictures, with all captions of each."""
-
-    @property
-    def visual(self) -> Visual:
-        """P pictures."""
-        ...
-
-    @property
-    def text(self) -> Text:
-        """C captions."""
-        ...
-
-    @property
-    def owner(self) -> Tensor:
-        """[C] int64, number of each caption's picture in the data set."""
-        ...
-
-    @property
-    def index(self) -> Tensor:
-        """[P] int64, number of each picture in the data set."""
-        ...
 
 
 class Features(NamedTuple):
@@ -63,7 +38,8 @@ class Features(NamedTuple):
 
 
 def measure(held: HeldOut) -> Found:
-    """Retrieve among the first pictures of the shards; see `evaluate`."""
+    """Retrieve among the first pictures of the shards; see `evaluate`. `skipped` counts those that cannot be used."""
+    asked = min(held.limit or len(held.shards), len(held.shards))
     batches = retrieval_batches(
         held.shards,
         held.tokenizer,
@@ -74,7 +50,9 @@ def measure(held: HeldOut) -> Found:
         max_words=held.plan.max_words,
         limit=held.limit,
     )
-    return evaluate(held.model.family, batches, held.device, held.tokenizer.decode)
+    found = evaluate(held.model.family, batches, held.device, held.tokenizer.decode)
+    skipped = asked - found.metrics[PREFIX + "candidates"]
+    return found._replace(metrics={**found.metrics, PREFIX + "skipped": skipped})
 
 
 def evaluate(
