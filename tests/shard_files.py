@@ -22,14 +22,23 @@ INPUTS = Inputs(image_size=16, text_length=12, separator=False)
 
 
 def shared() -> Path:
-    """The folder of real shards; the test is skipped where it is absent, but not in CI."""
-    root = Path(__file__).resolve().parents[1]
-    folder = Path(os.environ.get("VLSCALE_SHARED", root.parent / "shared"))
-    if not (folder / "data").is_dir():
-        if os.environ.get("CI"):
-            pytest.fail(f"the real shards are not at {folder}; set VLSCALE_SHARED")
-        pytest.skip("the real shards are not here")
-    return folder / "data"
+    """The folder of real shards; where it is absent the test is skipped, but in CI it fails."""
+    return _beside("data", "the real shards are")
+
+
+def reference_folder(system: str) -> Path:
+    """The folder of a system's reference tensors; where it is absent the test is skipped, but in CI it fails."""
+    return _beside(f"reference/{system}", f"the reference tensors of {system} are")
+
+
+def _beside(name: str, what: str) -> Path:
+    root = Path(os.environ.get("VLSCALE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if (root / name).is_dir():
+        return root / name
+    message = f"{what} not beside the project; set VLSCALE_SHARED"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference import clip as reference
-from tests.reference.compare import Folder, judge, shared_folder
+from tests.reference.compare import Folder, judge
+from tests.shard_files import reference_folder
 from vlscale import config, weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import clip
@@ -416,10 +417,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 
 def test_agrees_with_the_authors() -> None:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    folder = Folder.open(shared / "reference" / "clip")
+    folder = Folder.open(reference_folder("clip"))
     report = judge(folder, "clip", reference.run(folder))
     assert [row for row in report.compared if not row.ok] == []
     assert report.not_compared == []

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from launchers.convert import main as command
 from tests.models import albef_batch, albef_model, batch_for
-from tests.reference.compare import Folder, shared_folder
+from tests.reference.compare import Folder
 from tests.runs import launch, run_whole
+from tests.shard_files import reference_folder
 from vlscale import checkpoint, config, convert, weights
 from vlscale.data.text import read_tokenizer
 from vlscale.engine import LocalEngine
@@ -46,10 +47,7 @@ SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors st
 
 
 def reference(system: str) -> Folder:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return Folder.open(shared / "reference" / system)
+    return Folder.open(reference_folder(system))
 
 
 def expected_sizes(system: str, folder: Folder) -> Any:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from tests.models import batch_for
 from tests.reference import cvlp as reference
-from tests.reference.compare import Folder, judge, shared_folder
+from tests.reference.compare import Folder, judge
+from tests.shard_files import reference_folder
 from tests.test_lxmert import published
 from tests.whole_steps import check_whole
 from vlscale import weights
@@ -162,10 +163,7 @@ def test_no_causal_reading() -> None:
 
 @pytest.fixture
 def stored() -> Folder:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return Folder.open(shared / "reference" / "cvlp")
+    return Folder.open(reference_folder("cvlp"))
 
 
 def test_both_networks_are_filled() -> None:

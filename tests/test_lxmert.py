@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference import lxmert as reference
-from tests.reference.compare import Folder, judge, shared_folder
+from tests.reference.compare import Folder, judge
+from tests.shard_files import reference_folder
 from tests.whole_steps import check_whole
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
@@ -403,10 +404,7 @@ def test_start_from_bert() -> None:
 
 @pytest.fixture
 def stored() -> Folder:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return Folder.open(shared / "reference" / "lxmert")
+    return Folder.open(reference_folder("lxmert"))
 
 
 def test_agrees_with_the_authors(stored: Folder) -> None:

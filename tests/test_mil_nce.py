@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.distributed.spawn import run_ranks
 from tests.reference.__main__ import main
-from tests.reference.compare import Absent, Folder, judge, shared_folder
+from tests.reference.compare import Absent, Folder, judge
+from tests.shard_files import reference_folder
 from tests.tables import Gradients, Tables, mean, rows, step, tables
 from vlscale.errors import DataError
 from vlscale.model import PretrainModel
@@ -150,12 +151,9 @@ def test_products_count_every_caption() -> None:
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """A writable copy of the authors' tensors."""
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
     folder = tmp_path / "milnce"
     folder.mkdir()
-    for file in (shared / "reference" / "milnce").iterdir():
+    for file in reference_folder("milnce").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
 

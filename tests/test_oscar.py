@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference import oscar as reference
-from tests.reference.compare import Folder, judge, shared_folder
+from tests.reference.compare import Folder, judge
+from tests.shard_files import reference_folder
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import oscar
@@ -316,10 +317,7 @@ def test_a_published_step() -> None:
 
 @pytest.mark.parametrize("system", ["oscar", "oscar_plus"])
 def test_agrees_with_the_authors(system: str) -> None:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    folder = Folder.open(shared / "reference" / system)
+    folder = Folder.open(reference_folder(system))
     report = judge(folder, system, reference.run(folder))
     assert report.ok
     assert report.not_compared == []

@@ -11,15 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.reference.__main__ import main
-from tests.reference.compare import compare, shared_folder
+from tests.reference.compare import compare
+from tests.shard_files import reference_folder
 
 
 @pytest.fixture
 def albef() -> Path:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return shared / "reference" / "albef"
+    return reference_folder("albef")
 
 
 def copied(folder: Path, to: Path) -> Path:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.reference.compare import Folder, compare, shared_folder
+from tests.reference.compare import Folder, compare
+from tests.shard_files import reference_folder
 from tests.whole_steps import check_whole
 from vlscale.errors import ConfigError
 from vlscale.families.base import Family
@@ -193,10 +194,7 @@ def test_a_step_in_parts_equals_one_batch(world: int, number: int, make: Any) ->
 
 @pytest.fixture
 def stored() -> Folder:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return Folder.open(shared / "reference" / "cvlp")
+    return Folder.open(reference_folder("cvlp"))
 
 
 def given_features(queries: Tensor, keys: Tensor, picked: Tensor | None = None) -> Batch:

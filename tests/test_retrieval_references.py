@@ -8,16 +8,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.reference.__main__ import main
-from tests.reference.compare import shared_folder
+from tests.shard_files import reference_folder
 
 SYSTEMS = ("albef_retrieval", "tcl_retrieval")
 
 
 def folder(system: str) -> Path:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return shared / "reference" / system
+    return reference_folder(system)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

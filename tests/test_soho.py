@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.reference.__main__ import main
-from tests.reference.compare import shared_folder
+from tests.shard_files import reference_folder
 from tests.whole_steps import check_whole
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine, LocalEngine
@@ -368,7 +368,4 @@ def test_running_figures_are_alike_on_all_ranks_with_live_statistics() -> None:
 
 
 def test_agrees_with_the_authors() -> None:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    assert main([str(shared / "reference" / "soho")]) == 0
+    assert main([str(reference_folder("soho"))]) == 0

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.reference.__main__ import main
-from tests.reference.compare import shared_folder
+from tests.shard_files import reference_folder
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine, LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
@@ -321,10 +321,7 @@ def test_one_task_per_step_under_zero_3_equals_plain_pytorch() -> None:
 
 @pytest.fixture
 def stored() -> Path:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return shared / "reference" / "uniter"
+    return reference_folder("uniter")
 
 
 def test_agrees_with_the_authors(stored: Path, tmp_path: Path) -> None:

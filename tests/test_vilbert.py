@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference.__main__ import main
-from tests.reference.compare import shared_folder
+from tests.shard_files import reference_folder
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import vilbert
@@ -340,10 +340,7 @@ BERT_NAMES = {
 
 @pytest.fixture
 def stored() -> Path:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    return shared / "reference" / "vilbert"
+    return reference_folder("vilbert")
 
 
 def test_agrees_with_the_authors(stored: Path, tmp_path: Path) -> None:

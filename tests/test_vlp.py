@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference import vlp as reference
-from tests.reference.compare import Folder, judge, shared_folder
+from tests.reference.compare import Folder, judge
+from tests.shard_files import reference_folder
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import vlp
@@ -298,10 +299,7 @@ def test_start_from_bert_gives_each_segment_its_row() -> None:
 
 
 def test_agrees_with_the_authors() -> None:
-    shared = shared_folder()
-    if shared is None:
-        pytest.skip("no reference data beside the project; set VLSCALE_SHARED")
-    folder = Folder.open(shared / "reference" / "vlp")
+    folder = Folder.open(reference_folder("vlp"))
     report = judge(folder, "vlp", reference.run(folder))
     assert report.ok
     assert report.not_compared == []

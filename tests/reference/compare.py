@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -14,25 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlscale.errors import ConfigError, DataError
+from vlscale.errors import ConfigError
 
 ABSOLUTE = 1e-5  # either is enough, fp32
 RELATIVE = 1e-4  # of the largest entry of the reference tensor
-
-
-def shared_folder() -> Path | None:
-    """Where reference data lies: $VLSCALE_SHARED, or `../shared` beside the project. None where it does not.
-
-    Raises:
-        DataError: it is absent and the environment says CI.
-    """
-    beside = Path(__file__).resolve().parents[3] / "shared"
-    folder = Path(os.environ.get("VLSCALE_SHARED", beside))
-    if folder.is_dir():
-        return folder
-    if os.environ.get("CI"):
-        raise DataError(f"CI is set, but there is no reference data at {folder}; set VLSCALE_SHARED")
-    return None
 
 
 @dataclass(frozen=True)
