@@ -8,6 +8,7 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +16,11 @@ import vlscale.families
 import vlscale.objectives
 from tests.models import batch_for
 from tests.whole_steps import check_whole
+from vlscale.data.regions import PLACES, Regions
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
 from vlscale.objectives.base import Objective
-from vlscale.types import Moment
+from vlscale.types import Batch, Moment
 
 # Of two streams (ViLBERT, LXMERT, CVLP), what changes only one of them after their last exchange.
 TEXT_ALONE = ("text_coattention_stack.blocks.1", "text_fusion_stack.blocks.2", "cross_stack.blocks.1.text")
@@ -28,7 +30,10 @@ VISUAL_ALONE = ("visual_coattention_stack.blocks.1", "visual_fusion_stack.blocks
 # What an objective may leave untouched on its own: (part of a parameter's name, why).
 EXCUSED = {
     "itc": ("fusion_stack",),  # it contrasts before the modalities meet
-    "itm": ("text_proj", "visual_proj", "temperature", "embeddings.mask", VISUAL_LAST),  # they only draw negatives
+    "itm": (
+        *("text_proj", "visual_proj", "temperature", "embeddings.mask", "mask_token"),
+        VISUAL_LAST,
+    ),  # embeddings only draw negatives; it sees nothing hidden
     "mlm": (
         "text_proj",
         "visual_proj",
@@ -92,14 +97,18 @@ def built(family: ModuleType, objective: ModuleType, **changes: Any) -> tuple[An
     Skips a pair that cannot go together.
     """
     config, network = miniature(family, changes)
-    options = changed(objective.Config(), {"queue": 8, "queue_start": "random", **changes})
+    negatives = {} if "embed" in network.offers else {"negatives": "loader"}  # hard ones are drawn by embeddings
+    options = changed(objective.Config(), {"queue": 8, "queue_start": "random", **negatives, **changes})
     (kind,) = {each for each in vars(objective).values() if isinstance(each, type) and Objective in each.__bases__}
     if kind.needs - network.offers:
         pytest.skip(f"{short(objective)} needs {sorted(kind.needs - network.offers)}")
-    made = objective.build(options, network)
-    if made.needs - network.offers:
-        pytest.skip(f"{short(objective)} needs {sorted(made.needs - network.offers)}")
-    return config, PretrainModel(network, {short(objective): made})
+    return config, PretrainModel(network, {short(objective): objective.build(options, network)})
+
+
+def batch_of(config: Any) -> Batch:
+    """Every second pair matches, for objectives that read it."""
+    batch = batch_for(config.inputs, config.vocab)
+    return dataclasses.replace(batch, matched=torch.arange(len(batch)) % 2 == 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=short)
@@ -115,6 +124,20 @@ def test_family_file(family: ModuleType) -> None:
         assert tensor.ndim > 0
 
 
+READS_REGIONS = [family for family in FAMILIES if family.tiny().inputs.regions]
+
+
+@pytest.mark.parametrize("family", READS_REGIONS, ids=short)
+def test_places_have_as_many_numbers_as_the_family_reads(family: ModuleType) -> None:
+    """In its miniature and at its published sizes."""
+    for config in (family.tiny(), family.Config()):
+        inputs = config.inputs
+        boxes = np.array([[1.0, 2.0, 3.0, 5.0], [0.0, 0.0, 8.0, 6.0]], dtype=np.float32)
+        fields = {"class_confidence": np.ones(2, dtype=np.float32)}
+        found = Regions(np.ones((2, inputs.feats), dtype=np.float32), boxes, (8.0, 6.0), fields)
+        assert PLACES[inputs.geometry](found).shape == (2, inputs.boxes)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=short)
 def test_objective_file(objective: ModuleType) -> None:
     config = objective.Config()
@@ -125,7 +148,7 @@ def test_objective_file(objective: ModuleType) -> None:
 @pytest.mark.parametrize(("family", "objective"), PAIRS, ids=[f"{short(f)}-{short(o)}" for f, o in PAIRS])
 def test_pair_trains(family: ModuleType, objective: ModuleType) -> None:
     config, model = built(family, objective)
-    batch = batch_for(config.inputs, config.vocab)
+    batch = batch_of(config)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     total = model.total(model(batch, Moment(2)).losses, model.counts(batch))
     assert torch.isfinite(total)
@@ -155,7 +178,7 @@ def test_scope_global_does_not_depend_on_micro_batches(family: ModuleType, objec
         return built(family, objective, scope="global", dropout=0.0)[1]
 
     config, _ = built(family, objective)
-    check_whole(make, batch_for(config.inputs, config.vocab), world=1, number=2)
+    check_whole(make, batch_of(config), world=1, number=2)
 
 
 @pytest.mark.parametrize(("family", "objective"), PAIRS, ids=[f"{short(f)}-{short(o)}" for f, o in PAIRS])
@@ -164,7 +187,7 @@ def test_asked_views_and_passes_agree(family: ModuleType, objective: ModuleType)
     asked = model.objectives[short(objective)]
     named = {part for name in asked.passes() for part in name.removeprefix("momentum.").split(":")[1:]}  # type: ignore
     assert {view.partition(".")[2] for view in model.views() if not view.startswith("pairs.")} == named
-    online, _ = asked.head_flops(batch_for(config.inputs, config.vocab))  # type: ignore[operator]
+    online, _ = asked.head_flops(batch_of(config))  # type: ignore[operator]
     assert online > 0
 
 
