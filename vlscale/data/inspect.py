@@ -1,36 +1,45 @@
-"""Look into shards: is every sample sound (`verify`), and what do they hold (`describe`)?"""
+"""Is every sample of some shards sound? Nothing stops at the first fault."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vlscale.data import detections
+from vlscale.data import checksums, detections, parallel
 from vlscale.data.arrays import read_arrays
-from vlscale.data.decode import decode, picture_size
-from vlscale.data.samples import PICTURE_FIELDS, BrokenSampleError, Sentence, sentences
-from vlscale.data.shards import Shards, expand
-from vlscale.errors import DataError
+from vlscale.data.decode import MAX_PIXELS, Pixels, decode, picture_size
+from vlscale.data.samples import MAX_MEMBER_BYTES, PICTURE_FIELDS, BrokenSampleError, read_json, sentences
+from vlscale.data.shards import Patterns, Shards, expand
+from vlscale.data.stores import scheme, shown
+from vlscale.errors import ConfigError, DataError
 
 ENDS = ("jpg", "jpeg", "png", "webp")
 VIDEOS = {"gif": (0, b"GIF8"), "mp4": (4, b"ftyp")}  # field -> where its mark stands
 NAMED = 1_000  # problems that a report names; all are counted
-EXAMPLES = 3
+STRETCH = 32  # samples that a process looks at in one go
+WORTHWHILE = 16  # such stretches from which on other processes help
 
 
 class Problem(NamedTuple):
     """Something that training would stumble over."""
 
-    kind: str  # picture, json, caption, regions, ... : what the counts go by
+    kind: str  # picture, json, caption, regions, key, checksum, ... : what the counts go by
     shard: str
     key: str  # of the sample; empty where the whole shard is meant
     reason: str
+    byte: int | None = None  # of the shard, at which the member that is meant begins
 
 
 class Report(NamedTuple):
@@ -41,55 +50,209 @@ class Report(NamedTuple):
     members: int
     counts: dict[str, int]  # problems by kind
     problems: list[Problem]  # the first `NAMED`
+    checksums: int  # shards whose bytes are those that `SHA256SUMS` tells
 
 
-def verify(patterns: str | Path | Sequence[str | Path], quick: bool = False) -> Report:
-    """Read every member of every sample and look at it; nothing stops at the first fault.
+def verify(patterns: Patterns, quick: bool = False, processes: int = 1, write_checksums: bool = False) -> Report:
+    """Read every member of every sample and look at it, and compare shards with the `SHA256SUMS` beside them.
 
-    `quick` takes a picture by its header and regions by their shapes. Fields that we do not know are read only.
-    DataError if a pattern matches nothing.
+    Headers are scanned anew, whatever index there is. `quick` takes a picture by its header and regions by their
+    shapes, and no checksums. Fields that we do not know are read only. With `write_checksums`, shards without a
+    fault get their line in `SHA256SUMS`. DataError if a pattern matches nothing.
     """
-    paths = expand(patterns)
-    counts: Counter[str] = Counter()
-    problems: list[Problem] = []
-    samples = members = 0
-    for path in paths:
+    parallel.require_processes(processes)
+    urls = expand(patterns)
+    if write_checksums and (quick or any(map(scheme, urls))):
+        raise ConfigError("--write_checksums is for whole reads of local shards; leave out --quick, copy remote ones")
+    found = _Found()
+    with TemporaryDirectory() as scratch:
+        looked = _look_at_shards(urls, _Whole(Path(scratch), sums=not quick, needed=write_checksums), processes)
+        for shard in looked:
+            found.add(Problem("shard", shown(shard.url), "", shard.fault) if shard.fault else None)
+        matched = _compare(looked, found)
+        sound = [shard.url for shard in looked if not shard.fault]
+        samples, members = _look_at_samples(Shards(sound, Path(scratch)), quick, processes, found) if sound else (0, 0)
+    if write_checksums:
+        faulty = {problem.shard for problem in found.problems}
+        _write(looked, faulty if len(found.problems) < NAMED else {shard.url for shard in looked})
+    return Report(len(urls), samples, members, dict(found.counts.most_common()), found.problems, matched)
+
+
+class _Found:
+    """Problems, counted by kind."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.problems: list[Problem] = []
+
+    def add(self, problem: Problem | None) -> None:
+        if problem:
+            self.counts[problem.kind] += 1
+            if len(self.problems) < NAMED:
+                self.problems.append(problem)
+
+
+class _Shard(NamedTuple):
+    """One shard as a whole."""
+
+    url: str
+    fault: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Scans a shard's headers, which leaves its index in `folder`, and adds up its bytes."""
+
+    folder: Path
+    sums: bool
+    needed: bool  # even where there is nothing to compare with
+
+    def __call__(self, url: str) -> _Shard:
         try:
-            shards = Shards([path])
+            Shards([url], self.folder)
+            known = self.sums and not scheme(url) and _told(url)
+            return _Shard(url, sha256=checksums.sha256(Path(url)) if known or self.needed else "")
         except DataError as error:
-            counts["shard"] += 1
-            problems.append(Problem("shard", str(path), "", str(error)))
-            continue
-        samples += len(shards)
-        for i in tqdm(range(len(shards)), desc=path.name, unit="sample", disable=None):
-            members += len(shards.fields(i))
-            for kind, reason in _sample_faults(shards, i, quick):
-                counts[kind] += 1
-                if len(problems) < NAMED:
-                    problems.append(Problem(kind, str(path), shards.key(i), reason))
-    return Report(len(paths), samples, members, dict(counts.most_common()), problems)
+            return _Shard(url, str(error))
+        except OSError as error:
+            return _Shard(url, f"shard {url} cannot be read ({error.strerror}); mend its path or rights")
 
 
-def _sample_faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str]]:
-    """(kind, reason) of whatever is wrong with sample `i`."""
+def _look_at_shards(urls: Sequence[str], job: _Whole, processes: int) -> list[_Shard]:
+    with closing(parallel.ordered(job, iter(urls), processes, chunk=1, few=WORTHWHILE)) as looked:
+        return list(tqdm(looked, total=len(urls), desc="shards", unit="shard", disable=None))
+
+
+def _told(url: str) -> str | None:
+    """What `SHA256SUMS` says of a local shard."""
+    return checksums.read_sums(Path(url).parent).get(os.path.basename(url))
+
+
+def _compare(looked: Sequence[_Shard], found: _Found) -> int:
+    """How many shards have the checksum that they should."""
+    matched = 0
+    for shard in looked:
+        told = _told(shard.url) if shard.sha256 else None
+        if told == shard.sha256:
+            matched += 1
+        elif told:
+            reason = (
+                f"its sha256 is {shard.sha256}, and {checksums.SUMS} says {told}: it was damaged or changed after that was "
+                "written; copy it again, or take its line out"
+            )
+            found.add(Problem("checksum", shard.url, "", reason))
+    return matched
+
+
+def _write(looked: Sequence[_Shard], faulty: set[str]) -> None:
+    by_folder: dict[Path, dict[str, str]] = {}
+    for shard in looked:
+        if shard.url not in faulty:
+            by_folder.setdefault(Path(shard.url).parent, {})[os.path.basename(shard.url)] = shard.sha256
+    for folder, sums in by_folder.items():
+        try:
+            checksums.add_sums(folder, sums)
+        except OSError as error:
+            raise ConfigError(f"{folder / checksums.SUMS} cannot be written ({error.strerror})") from error
+
+
+class _Looked(NamedTuple):
+    """What became of a stretch of samples."""
+
+    samples: int
+    members: int
+    hashes: NDArray[np.uint64]  # of the keys
+    problems: list[Problem]
+
+
+def _look_at_samples(shards: Shards, quick: bool, processes: int, found: _Found) -> tuple[int, int]:
+    """(samples, members) that were looked at."""
+    stretches = (
+        (shard, range(start, min(start + STRETCH, shards.start(shard + 1))))
+        for shard in range(len(shards.paths))
+        for start in range(shards.start(shard), shards.start(shard + 1), STRETCH)
+    )
+    hashes: list[NDArray[np.uint64]] = []
+    members = 0
+    with (
+        closing(parallel.ordered(_Samples(shards, quick), stretches, processes, chunk=1, few=WORTHWHILE)) as looked,
+        tqdm(total=len(shards), desc="samples", unit="sample", disable=None) as progress,
+    ):
+        for part in looked:
+            members += part.members
+            hashes.append(part.hashes)
+            for problem in part.problems:
+                found.add(problem)
+            progress.update(part.samples)
+            progress.set_postfix(problems=found.counts.total(), refresh=False)
+    for problem in _same_keys(shards, np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)):
+        found.add(problem)
+    return len(shards), members
+
+
+def _same_keys(shards: Shards, hashes: NDArray[np.uint64]) -> Iterator[Problem]:
+    """Samples whose key an earlier sample of another shard has. By hashes first: all keys would take much memory."""
+    values, counts = np.unique(hashes, return_counts=True)
+    first: dict[str, int] = {}
+    for i in np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist():
+        key = shards.key(i)
+        if key in first:
+            yield Problem("key", shards.shard(i), key, f"its key is that of a sample of {shards.shard(first[key])} too")
+        first.setdefault(key, i)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Looks at a stretch of one shard's samples."""
+
+    shards: Shards
+    quick: bool
+
+    def __call__(self, stretch: tuple[int, range]) -> _Looked:
+        shard, numbers = stretch
+        members, problems = 0, []
+        for i in numbers:
+            members += len(self.shards.fields(i))
+            for kind, field, reason in _faults(self.shards, i, self.quick):
+                byte = _offset(self.shards, shard, i, field)
+                problems.append(Problem(kind, self.shards.paths[shard], self.shards.key(i), reason, byte))
+        hashes = [int.from_bytes(blake2b(self.shards.key(i).encode(), digest_size=8).digest(), "big") for i in numbers]
+        return _Looked(len(numbers), members, np.array(hashes, dtype=np.uint64), problems)
+
+
+def _offset(shards: Shards, shard: int, i: int, field: str) -> int:
+    """Where a member begins in its shard, in bytes; the sample's first where no field is meant."""
+    fields = shards.fields(i)
+    row = int(shards.index(shard).first[i - shards.start(shard)])
+    return int(shards.index(shard).offset[row + (fields.index(field) if field in fields else 0)])
+
+
+def _faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str, str]]:
+    """(kind, field, reason) of whatever is wrong with sample `i`."""
+    sizes = shards.sizes(i)
+    small = [field for field, size in sizes.items() if size <= MAX_MEMBER_BYTES]
     try:
-        raw = shards.read(i)
+        raw = shards.read(i, small)
     except DataError as error:
-        yield "shard", str(error)
+        yield "shard", "", str(error)
         return
-    for field in raw:
+    for field, size in sizes.items():
         kind = kind_of(field)
+        if field not in raw:
+            yield kind, field, f"{field}: it has {size} bytes; at most {MAX_MEMBER_BYTES} are read"
+            continue
         try:
             _check(kind, field, raw, quick)
         except ValueError as error:
-            yield kind, f"{field}: {error}"
-    if not any(kind_of(field) in ("picture", "video", "regions", "frames") for field in raw):
-        yield "no visual", f"there is no picture, video, regions.npz or frames.npz, only {', '.join(raw)}"
-    if "caption" in _record(raw) or "txt" in raw:
+            yield kind, field, f"{field}: {error}"
+    if not any(kind_of(field) in ("picture", "video", "regions", "frames") for field in sizes):
+        yield "no visual", "", f"there is no picture, video, regions.npz or frames.npz, only {', '.join(sizes)}"
+    if "caption" in record_of(raw) or "txt" in raw:
         try:
             sentences(shards, i)
         except BrokenSampleError as error:
-            yield "caption", error.reason
+            yield "caption", "json" if "json" in raw else "txt", error.reason
 
 
 def kind_of(field: str) -> str:
@@ -101,23 +264,41 @@ def kind_of(field: str) -> str:
     return {"json": "json", "txt": "txt", "regions.npz": "regions", "frames.npz": "frames"}.get(field, "other")
 
 
-def _check(kind: str, field: str, raw: dict[str, bytes], quick: bool) -> None:
+def _check(kind: str, field: str, raw: Mapping[str, bytes], quick: bool) -> None:
     """ValueError with what is wrong with one member."""
     data = raw[field]
     if kind == "picture":
         picture_size(data) if quick else decode(data)
     elif kind == "video":
-        place, mark = VIDEOS[field]
-        if data[place : place + len(mark)] != mark:
-            raise ValueError(f"it is no {field}")
+        _check_video(field, data)
     elif kind == "json":
-        _check_record(data)
+        _checkrecord_of(data)
     elif kind == "txt":
         data.decode()
     elif kind == "regions":
-        detections.read_regions(data, _size(raw), numbers=not quick)
+        detections.read_regions(data, size_of(raw), numbers=not quick)
     elif kind == "frames":
         _check_frames(data)
+
+
+def _check_video(field: str, data: bytes) -> None:
+    place, mark = VIDEOS[field]
+    if data[place : place + len(mark)] != mark:
+        raise ValueError(f"it is no {field}")
+    if field == "gif":
+        first_frame(data)
+
+
+def first_frame(data: bytes) -> Pixels:
+    """uint8 RGB [H, W, 3] of a GIF. ValueError if it cannot be decoded."""
+    width, height = (int.from_bytes(data[start : start + 2], "little") for start in (6, 8))
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ValueError("it is damaged or cut short")
+    frame: Pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return frame
 
 
 def _check_frames(data: bytes) -> None:
@@ -131,12 +312,9 @@ def _check_frames(data: bytes) -> None:
         raise ValueError(f"times are not {features.shape[0]} finite numbers, one per frame")
 
 
-def _check_record(data: bytes) -> None:
+def _checkrecord_of(data: bytes) -> None:
     """The parts of the json that we read, apart from its captions."""
-    try:
-        record = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON ({error})") from error
+    record = read_json(data)
     if not isinstance(record, dict):
         raise ValueError(f"it holds a {type(record).__name__}; it should be an object")
     tags = record.get("tags", [])
@@ -154,120 +332,17 @@ def _is_qa(pair: object) -> bool:
     return isinstance(pair, dict) and all(isinstance(pair.get(name), str) and pair[name].strip() for name in "qa")
 
 
-def _record(raw: dict[str, bytes]) -> dict[str, Any]:
+def record_of(raw: Mapping[str, bytes]) -> dict[str, Any]:
     """The json of a sample; empty where it has none that can be used."""
     try:
-        record = json.loads(raw.get("json", b"{}"))
+        record = read_json(raw.get("json", b"{}"))
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 
 
-def _size(raw: dict[str, bytes]) -> tuple[int, int] | None:
+def size_of(raw: Mapping[str, bytes]) -> tuple[int, int] | None:
     """(width, height) of the json, which counts where regions.npz does not tell."""
-    record = _record(raw)
+    record = record_of(raw)
     sizes = record.get("width"), record.get("height")
     return (sizes[0], sizes[1]) if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None
-
-
-class _Tally:
-    """What `describe` counts, sample by sample."""
-
-    def __init__(self) -> None:
-        self.fields: Counter[str] = Counter()
-        self.words: list[int] = []
-        self.captions_per_sample: list[int] = []
-        self.sides: list[tuple[int, int]] = []
-        self.regions: list[int] = []
-        self.widths: Counter[int] = Counter()
-        self.classes = self.attributes = self.questions = self.unreadable = 0
-        self.answers: Counter[str] = Counter()
-        self.examples: list[dict[str, Any]] = []
-
-    def add(self, key: str, raw: dict[str, bytes], texts: list[Sentence]) -> None:
-        """Count one sample; `texts` are its captions and questions."""
-        self.fields.update(raw.keys())
-        captions = [each.text for each in texts if each.answer is None]
-        asked = [(each.text, each.answer) for each in texts if each.answer is not None]
-        self.words += [len(caption.split()) for caption in captions]
-        self.captions_per_sample.append(len(captions))
-        self.questions += len(asked)
-        self.answers.update(answer for _, answer in asked)
-        for field in raw:
-            try:
-                self._add_member(kind_of(field), field, raw)
-            except ValueError:
-                self.unreadable += 1
-        if len(self.examples) < EXAMPLES:
-            tags = _record(raw).get("tags") or []
-            shown = {
-                "captions": captions[:2],
-                "questions": asked[:2],
-                "tags": tags[:5] if isinstance(tags, list) else [],
-            }
-            self.examples.append(
-                {"key": key, "fields": list(raw), **{name: some for name, some in shown.items() if some}}
-            )
-
-    def _add_member(self, kind: str, field: str, raw: dict[str, bytes]) -> None:
-        if kind == "picture":
-            self.sides.append(picture_size(raw[field]))
-        elif kind == "regions":
-            found = detections.read_regions(raw[field], _size(raw), numbers=False)
-            self.regions.append(len(found.features))
-            self.widths[found.features.shape[-1]] += 1
-            if found.class_probs is not None:
-                self.classes = max(self.classes, found.class_probs.shape[-1])
-            elif found.classes is not None and found.classes.size:
-                self.classes = max(self.classes, int(found.classes.max()) + 1)
-            if found.attributes is not None and found.attributes.size:
-                self.attributes = max(self.attributes, int(found.attributes.max()) + 1)
-
-
-def _texts(shards: Shards, i: int) -> list[Sentence]:
-    """The captions and questions of sample `i`; none where they are missing or broken."""
-    try:
-        return sentences(shards, i, questions=True)
-    except BrokenSampleError:
-        return []
-
-
-def describe(patterns: str | Path | Sequence[str | Path]) -> dict[str, Any]:
-    """What the shards hold, as figures that JSON can hold; None where there is nothing to count.
-
-    Lengths are words between spaces; the number of classes is the width of class_probs, else the highest class
-    seen plus one. DataError if a shard cannot be read.
-    """
-    shards = Shards(patterns)
-    tally = _Tally()
-    for i in tqdm(range(len(shards)), desc="samples", unit="sample", disable=None):
-        tally.add(shards.key(i), shards.read(i), _texts(shards, i))
-    size = sum(path.stat().st_size for path in shards.paths)
-    return {
-        "shards": len(shards.paths),
-        "bytes": size,
-        "samples": len(shards),
-        "fields": dict(tally.fields.most_common()),
-        "captions": len(tally.words),
-        "captions_per_sample": _spread(tally.captions_per_sample) if tally.words else None,
-        "caption_words": _spread(tally.words),
-        "picture_width": _spread([width for width, _ in tally.sides]),
-        "picture_height": _spread([height for _, height in tally.sides]),
-        "regions_per_sample": _spread(tally.regions),
-        "feature_width": {str(width): count for width, count in tally.widths.most_common()} or None,
-        "classes": tally.classes or None,
-        "attributes": tally.attributes or None,
-        "questions": tally.questions,
-        "answers": len(tally.answers),
-        "commonest_answers": dict(tally.answers.most_common(5)) or None,
-        "unreadable_members": tally.unreadable,
-        "examples": tally.examples,
-    }
-
-
-def _spread(values: Sequence[int]) -> dict[str, float] | None:
-    """Least, median, 95th percentile and most."""
-    if not values:
-        return None
-    least, median, most_of, most = np.percentile(np.asarray(values), [0, 50, 95, 100]).tolist()
-    return {"min": least, "median": median, "p95": most_of, "max": most}

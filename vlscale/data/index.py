@@ -1,0 +1,198 @@
+"""Where the samples of one shard lie: found by one scan of its headers, kept in a file that processes map and share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlscale.data import tar
+
+VERSION = 2
+MAGIC = b"VLSINDEX"
+Stamp = tuple[int, int]  # size in bytes, and time of change or a hash of the store's own mark: tells a stale index
+_META = re.compile(r"\.|__.*__(\.|$)")  # starts of names that belong to no sample: hidden, WebDataset's own
+_META_FOLDER = re.compile(r"__[^/]*__/")
+_HEAD = struct.Struct("<8sq 2q 5q ? 32s 19x")  # magic word, version, a `Head`; with the CRC-32 behind it 128 bytes
+_CRC = struct.Struct("<I")
+
+
+class Head(NamedTuple):
+    """The fixed part of an index."""
+
+    stamp: Stamp
+    samples: int
+    members: int
+    key_bytes: int
+    field_bytes: int
+    length: int  # of the tar in bytes, unpacked
+    packed: bool  # the shard is compressed: offsets are those of the tar inside
+    digest: bytes  # SHA-256 of keys, fields and sizes: what the shard holds, wherever it lies
+
+
+class Keys(Sequence[str]):
+    """The keys of the samples, each made when it is asked for."""
+
+    def __init__(self, text: memoryview | bytes, ends: NDArray[np.int64]) -> None:
+        """UTF-8 `text` and where each key ends in it, [S + 1] from 0."""
+        self._text = text
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> str:  # type: ignore[override]  # no slices
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return tar.printable(bytes(self._text[self._ends[row] : self._ends[row + 1]]))
+
+
+class Index:
+    """The samples and members of one shard. S samples, M members; arrays lie in one buffer, mapped or held."""
+
+    def __init__(self, head: Head, body: memoryview | bytes) -> None:
+        """`body` is what follows the head in an index file."""
+        place = 0
+
+        def column(kind: type[np.generic], count: int) -> NDArray[np.int64]:
+            nonlocal place
+            found = np.frombuffer(body, kind, count, place)
+            place += found.nbytes
+            return found
+
+        self.head = head
+        ends = column(np.int64, head.samples + 1)
+        self.first = column(np.int64, head.samples + 1)  # sample i has the members [first[i], first[i + 1])
+        self.offset = column(np.int64, head.members)  # bytes
+        self.size = column(np.int64, head.members)  # bytes
+        self.field = column(np.int32, head.members)  # into `fields`
+        self.keys = Keys(memoryview(body)[place : place + head.key_bytes], ends)
+        names = bytes(body[place + head.key_bytes : place + head.key_bytes + head.field_bytes])
+        self.fields: list[str] = json.loads(names)  # the distinct field names
+
+
+def scan(read: Callable[[int, int], bytes], length: int, stamp: Stamp, packed: bool) -> tuple[Head, bytes]:
+    """Head and body of the index of a tar, which `read` gives the bytes of.
+
+    Raises:
+        tar.TarError: the tar is damaged.
+        ValueError: the members of a sample are scattered or doubled.
+    """
+    keys, ends = bytearray(), array("q", [0])
+    first, offsets, sizes, fields = array("q"), array("q"), array("q"), array("i")
+    names: dict[str, int] = {}
+    within: set[str] = set()
+    last: bytes | None = None
+    for member in tar.members(read, length):
+        key, field = split(member.name)
+        if not key:
+            continue
+        if key != last:
+            keys += key
+            ends.append(len(keys))
+            first.append(len(offsets))
+            last, within = key, set()
+        if field in within:
+            raise ValueError(f"sample '{tar.printable(key)}' has two fields '{field}'; keep one")
+        within.add(field)
+        fields.append(names.setdefault(field, len(names)))
+        offsets.append(member.offset)
+        sizes.append(member.size)
+    first.append(len(offsets))
+    _check_in_rows(bytes(keys), ends)
+    listed = json.dumps(list(names)).encode()
+    told = (ends, sizes, fields)
+    digest = hashlib.sha256(b"".join([bytes(keys), listed, *(part.tobytes() for part in told)])).digest()
+    head = Head(stamp, len(ends) - 1, len(offsets), len(keys), len(listed), length, packed, digest)
+    columns = (ends, first, offsets, sizes, fields)
+    return head, b"".join([*(column.tobytes() for column in columns), bytes(keys), listed])
+
+
+def split(name: bytes) -> tuple[bytes, str]:
+    """(key, field) of a member: the field begins at the first dot of the last part of its name.
+
+    No key where the name has no field, or is a hidden one or WebDataset's own.
+    """
+    folder, slash, last = name.rpartition(b"/")
+    stem, dot, field = last.partition(b".")
+    if not dot or _META.match(tar.printable(last)) or _META_FOLDER.match(tar.printable(name)):
+        return b"", ""
+    return folder + slash + stem, tar.printable(field).lower()
+
+
+def _check_in_rows(keys: bytes, ends: Sequence[int]) -> None:
+    """ValueError if a key begins twice; compared by hashes first, as a set of all keys would take much memory."""
+    hashes = np.array([hash(keys[start:end]) for start, end in _spans(ends)], dtype=np.int64)
+    values, counts = np.unique(hashes, return_counts=True)
+    if len(values) == len(hashes):
+        return
+    seen: set[bytes] = set()
+    doubtful = set(values[counts > 1].tolist())
+    for start, end in _spans(ends):
+        key = keys[start:end]
+        if hash(key) in doubtful and key in seen:
+            raise ValueError(
+                f"the members of sample '{tar.printable(key)}' are not next to one another; "
+                "make the shard again with each sample's files in a row"
+            )
+        seen.add(key)
+
+
+def _spans(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return pairwise(ends)
+
+
+def read_head(file: Path, stamp: Stamp) -> Head | None:
+    """The head of a kept index, or None if it is absent, damaged or of another state of the shard."""
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            start = opened.read(_HEAD.size + _CRC.size)
+            length = os.fstat(opened.fileno()).st_size
+    except OSError:
+        return None
+    if len(start) < _HEAD.size + _CRC.size or _CRC.unpack(start[_HEAD.size :])[0] != zlib.crc32(start[: _HEAD.size]):
+        return None
+    magic, version, *rest = _HEAD.unpack(start[: _HEAD.size])
+    head = Head((rest[0], rest[1]), *rest[2:])
+    body = 8 * 2 * (head.samples + 1) + (8 + 8 + 4) * head.members + head.key_bytes + head.field_bytes
+    current = magic == MAGIC and version == VERSION and head.stamp == stamp
+    return head if current and length == len(start) + body else None
+
+
+def open_index(file: Path, stamp: Stamp) -> Index | None:
+    """The kept index, mapped into memory; None as in `read_head`."""
+    head = read_head(file, stamp)
+    if head is None:
+        return None
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return Index(head, memoryview(mapped)[_HEAD.size + _CRC.size :])
+    except (OSError, ValueError):  # gone, or written anew by a version that keeps it otherwise
+        return None
+
+
+def save(file: Path, head: Head, body: bytes) -> bool:
+    """Write whole or not at all; False where the folder cannot be written, which only costs the next scan."""
+    packed = _HEAD.pack(MAGIC, VERSION, *head.stamp, *head[1:])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
+            scratch.write(packed + _CRC.pack(zlib.crc32(packed)) + body)
+        os.replace(scratch.name, file)
+    except OSError:
+        return False
+    return True
