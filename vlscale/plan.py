@@ -25,12 +25,12 @@ def show(request: Request) -> int:
     """Check the data, build the model on this rank, print the plan; nothing is trained or left behind."""
     setting = build.setup(request)
     run = request.run
-    model = build.build_model(run)
+    model = build.build_model(run).to(setting.device)  # where ranks can send what `scope: global` asks for
     batches = build.probes(run, setting, model, PROBE)
     world, micro_batch = distributed.world_size(), setting.ds["train_micro_batch_size_per_gpu"]
     memory = memory_plan(model, setting.ds, world, run.optim)
     memory["activations of a micro-batch"] = max(
-        activation_bytes(model, batch, micro_batch) for batch in batches.values()
+        activation_bytes(model, batch.to(setting.device), micro_batch) for batch in batches.values()
     )
     if distributed.rank() == 0:
         flops = run.data.batch * _mean(model, {task: step_flops(model, each).model for task, each in batches.items()})

@@ -90,3 +90,10 @@ def test_resuming_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     for expected, found in zip(metrics(whole), metrics(parts), strict=True):
         for key in ("step", "loss", "grad_norm", "temperature"):
             assert found.get(key) == expected.get(key), (expected["step"], key)
+
+
+def test_a_dry_run(tmp_path: Path) -> None:
+    """Its probe runs where the ranks' messages do."""
+    said = launch("pretrain.py", "--dry_run", "--out", str(tmp_path / "run"), "steps=40")
+    assert "activations of a micro-batch" in said
+    assert "of the GPU's peak" in said
