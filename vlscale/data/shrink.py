@@ -44,8 +44,7 @@ class Shrink:
             new = picture_size(picture[1])
             told = record.get("width", old[0]), record.get("height", old[1])
             if new != old and told == old:
-                scaled = _scaled(record, new[0] / old[0], new[1] / old[1])
-                record = {**scaled, "width": new[0], "height": new[1]}
+                record = {**scaled(record, new[0] / old[0], new[1] / old[1]), "width": new[0], "height": new[1]}
         return sample._replace(
             record=record, picture=picture, more=tuple(self._member(field, data) for field, data in sample.more)
         )
@@ -64,11 +63,11 @@ class Shrink:
         return f"{stem}.jpg" if stem else "jpg", smaller
 
 
-def _scaled(value: Any, x: float, y: float) -> Any:
+def scaled(value: Any, x: float, y: float) -> Any:
     """`value` of a json with each box in it, four numbers of pixels, scaled."""
     if isinstance(value, dict):
-        return {name: _boxes(each, x, y) if name in BOXES else _scaled(each, x, y) for name, each in value.items()}
-    return [_scaled(each, x, y) for each in value] if isinstance(value, list) else value
+        return {name: _boxes(each, x, y) if name in BOXES else scaled(each, x, y) for name, each in value.items()}
+    return [scaled(each, x, y) for each in value] if isinstance(value, list) else value
 
 
 def _boxes(value: Any, x: float, y: float) -> Any:

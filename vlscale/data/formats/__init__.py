@@ -12,7 +12,11 @@ from vlscale.errors import ConfigError, DataError, did_you_mean
 if TYPE_CHECKING:
     from vlscale.data.write import Source
 
-FORMATS = ("folder", "npz", "lxmert_tsv", "uniter_lmdb", "oscar_tsv", "vlp")
+CAPTIONED = ("albef_json", "coco", "karpathy", "flickr30k", "cc_tsv")  # name pictures and their captions
+ASKED = ("vqa", "gqa", "nlvr2", "refcoco", "snli_ve")  # name pictures and what is asked or said of them
+FOLDERS = ("folder", "npz", "lxmert_tsv", "uniter_lmdb", "oscar_tsv", "vlp")  # pictures or regions, texts apart
+FORMATS = (*CAPTIONED, "img2dataset", *ASKED, *FOLDERS)
+SPLIT = ("karpathy", "flickr30k", "refcoco")  # whose files hold several splits
 
 
 def open_source(
@@ -33,6 +37,13 @@ def open_source(
     """
     if name not in FORMATS:
         raise ConfigError(f"no format '{name}'{did_you_mean(name, FORMATS)}")
+    for option, value, readers in (
+        ("images", images, (*CAPTIONED, *ASKED)),
+        ("split", split, SPLIT),
+        ("captions", captions, FOLDERS),
+    ):
+        if value and name not in readers:
+            raise ConfigError(f"--{option} is not read by {name}, only by {', '.join(readers)}; leave it out")
     found = [Path(path).expanduser() for path in paths]
     for path in [*found, *captions, *(path for path in (vocab, class_names, images) if path)]:
         if not path.exists():

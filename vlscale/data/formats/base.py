@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.detections import OUTSIDE, Detections
+from vlscale.data.formats import recognise
 from vlscale.data.formats.captions import Texts, read_texts
 from vlscale.data.write import Sample
 from vlscale.errors import ConfigError, DataError
@@ -168,4 +169,6 @@ def files_in(paths: Sequence[Path], pattern: str, what: str) -> Iterator[tuple[P
                 found = True
                 yield folder, file
     if not found:
-        raise DataError(f"{', '.join(map(str, paths))} holds no {what}")
+        known = [(path, name) for path in paths if path.is_file() and (name := recognise.format_in(path))]
+        hint = f"; {known[0][0].name} looks like {known[0][1]}: write --from {known[0][1]}" if known else ""
+        raise DataError(f"{', '.join(map(str, paths))} holds no {what}{hint}")

@@ -64,7 +64,7 @@ def beside(path: Path) -> dict[str, object]:
             if not isinstance(found, dict):
                 raise ValueError(f"{file.name} holds a {type(found).__name__}; it should be an object")
             record = found
-        if (file := path.with_suffix(".txt")).is_file() and "caption" not in record:
+        if (file := path.with_suffix(".txt")).is_file() and record.get("caption") is None:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
             if lines:
                 record["caption"] = lines if len(lines) > 1 else lines[0]
