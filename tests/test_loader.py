@@ -25,7 +25,10 @@ from vlscale.errors import ConfigError, DataError
 from vlscale.types import Batch
 
 # Python 3.12 warns of every fork from a process with threads; torch's workers are forked
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than this machine has cores
+]
 
 COUNT, BATCH = 20, 8
 EVERYTHING: dict[str, dict[str, dict[str, Any]]] = {
