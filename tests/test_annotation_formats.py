@@ -596,6 +596,13 @@ def test_a_file_of_no_format(tmp_path: Path) -> None:
         open_source("coco", [path], captions=[path])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_shard_needs_no_making(tmp_path: Path, name: str) -> None:
+    (tmp_path / "00000.tar").touch()
+    with pytest.raises(DataError, match=r"00000\.tar is a shard already: train on it as it is"):
+        open_source(name, [tmp_path / "00000.tar"])
+
+
 def test_listed_samples_are_made_by_several_processes(tmp_path: Path) -> None:
     draw(tmp_path, *(f"{number}.jpg" for number in range(40)))
     file = write(tmp_path / "x.json", [{"image": f"{number}.jpg", "caption": f"n {number}"} for number in range(41)])

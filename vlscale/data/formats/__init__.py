@@ -50,6 +50,8 @@ def open_source(
             there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             near = did_you_mean(path.name, there) if len(there) < 1_000 else ""
             raise DataError(f"there is no '{path}'{near if near.startswith('; did') else ''}")
+        if path.suffix == ".tar":
+            raise DataError(f"{path} is a shard already: train on it as it is (data.train='{path}')")
     module = importlib.import_module(f"vlscale.data.formats.{name}")
     options = module.Options(tuple(captions), vocab, class_names, images, tuple(split))
     source: Source[Any] = module.source(found, options)

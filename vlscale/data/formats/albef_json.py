@@ -38,7 +38,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     return Listed(root, entries)
 
 
-def _take(entries: Entries, above: str, record: Record, place: str) -> None:
+def _take(entries: Entries, above: str, record: Record) -> None:
     if "image" not in record and "url" in record:
         raise ValueError("it has a url and no 'image': fetch it first, for example with img2dataset")
     image = text(record, "image").removeprefix(above)

@@ -33,7 +33,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
 
 
 def _take(
-    entries: Entries, images: Mapping[Any, Record], names: Mapping[Any, str], folder: str, record: Record, place: str
+    entries: Entries, images: Mapping[Any, Record], names: Mapping[Any, str], folder: str, record: Record
 ) -> None:
     if "caption" in record:
         caption = text(record, "caption")

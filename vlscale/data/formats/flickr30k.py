@@ -36,7 +36,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     return Listed(options.images or files[0].parent, entries)
 
 
-def _take(entries: Entries, splits: Sequence[str], row: Record, place: str) -> None:
+def _take(entries: Entries, splits: Sequence[str], row: Record) -> None:
     if splits and row["split"] not in splits:
         return
     name, told = text(row, "image"), [(text(row, "caption"), None)]

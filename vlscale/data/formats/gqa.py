@@ -21,7 +21,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     entries = Entries()
     files = read_json(paths, "gqa")
 
-    def take(record: Record, place: str) -> None:
+    def take(record: Record) -> None:
         pair = {"q": text(record, "question"), "a": text(record, "answer"), "id": record["id"]}
         if record.get("fullAnswer"):
             pair["full_answer"] = text(record, "fullAnswer")

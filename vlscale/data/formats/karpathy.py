@@ -23,7 +23,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     files = read_json(paths, "karpathy")
     require_splits(options.split, (image for _, data in files for image in data["images"]), paths)
 
-    def take(record: Record, place: str) -> None:
+    def take(record: Record) -> None:
         if options.split and record["split"] not in options.split:
             return
         name = text(record, "filename")

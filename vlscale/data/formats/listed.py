@@ -43,6 +43,7 @@ class Entries:
     """Samples by name, in the order in which files name them first."""
 
     def __init__(self) -> None:
+        self.place = ""  # of the record that is being read: its file's name and its number there
         self._sound: dict[str, Entry] = {}
         self._broken: list[tuple[str, Entry]] = []
 
@@ -50,21 +51,24 @@ class Entries:
         """The sample `name`, made on first use: what several records say of one picture comes together."""
         return self._sound.setdefault(name, Entry(pictures))
 
-    def add(self, path: Path, records: Iterable[object], take: Callable[[Record, str], None]) -> None:
-        """Call `take(record, place)` for each; one that raises is a broken sample, named by `place`: file and number.
+    def add(self, path: Path, records: Iterable[object], take: Callable[[Record], None]) -> None:
+        """Call `take` with each record; one that it raises at is a broken sample, named by its `place`.
 
         What stands in the place of a record that could not be read is its ValueError (see `recognise.read`).
         """
         for number, record in enumerate(records):
-            place = f"{path.stem}/{number}"
+            self.place = f"{path.stem}/{number}"
             try:
-                take(require_object(record), place)
+                take(require_object(record))
             except KeyError as error:
-                self._broken.append((place, Entry(broken=f"it has no {error}")))
+                self._leave_out(f"it has no {error}")
             except ValueError as error:
-                self._broken.append((place, Entry(broken=str(error))))
+                self._leave_out(str(error))
             except (TypeError, AttributeError, IndexError, OverflowError) as error:
-                self._broken.append((place, Entry(broken=f"its form is not known ({error})")))
+                self._leave_out(f"its form is not known ({error})")
+
+    def _leave_out(self, reason: str) -> None:
+        self._broken.append((self.place, Entry(broken=reason)))
 
     def __iter__(self) -> Iterator[tuple[str, Entry]]:
         """All samples, the broken ones last; their number is the iterator's length hint."""

@@ -23,14 +23,14 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     entries = Entries()
     files = read_json(paths, "nlvr2")
 
-    def take(record: Record, place: str) -> None:
+    def take(record: Record) -> None:
         label = LABELS.get(str(record["label"]).lower())
         if label is None:
             raise ValueError(f"its label is {record['label']!r}; it should be True or False")
         told = {"sentence": text(record, "sentence"), "label": label}
         named = {"identifier": text(record, "identifier")} if "identifier" in record else {}
         left, right = _pair(record, named.get("identifier", ""))
-        name = named.get("identifier", place)
+        name = named.get("identifier", entries.place)
         entry = entries.of(name, left, right)
         if entry.record:
             raise ValueError(f"its identifier is '{name}', as another's")

@@ -65,7 +65,7 @@ class _Reader:
         for each in self.found.values():
             self.objects.setdefault(each.get("image_id"), []).append(each)
 
-    def __call__(self, record: Record, place: str) -> None:
+    def __call__(self, record: Record) -> None:
         if self.splits and record.get("split") not in self.splits:
             return
         if record["ann_id"] not in self.found:

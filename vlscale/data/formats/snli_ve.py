@@ -25,7 +25,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     entries = Entries()
     files = read_json(paths, "snli_ve")
 
-    def take(record: Record, place: str) -> None:
+    def take(record: Record) -> None:
         label = record["gold_label"] if "gold_label" in record else record["label"]
         if label not in LABELS:
             raise ValueError(f"its label is {label!r}; it should be {', '.join(LABELS[:2])} or {LABELS[2]}")

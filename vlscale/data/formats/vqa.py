@@ -46,7 +46,7 @@ def source(paths: Sequence[Path], options: Options) -> Source[Entry]:
     return Listed(options.images or files[0][0].parent, entries)
 
 
-def _take(entries: Entries, answers: Mapping[Any, Record], folder: str, record: Record, place: str) -> None:
+def _take(entries: Entries, answers: Mapping[Any, Record], folder: str, record: Record) -> None:
     number = record["question_id"]
     if number not in answers:
         raise ValueError(f"its question {number} has no annotation")
@@ -59,7 +59,7 @@ def _take(entries: Entries, answers: Mapping[Any, Record], folder: str, record: 
     entry.record["qa"].append({**pair, "id": number, **kinds})
 
 
-def _take_listed(entries: Entries, record: Record, place: str) -> None:
+def _take_listed(entries: Entries, record: Record) -> None:
     name, answer = text(record, "image"), record["answer"]
     pair = _pair(text(record, "question"), answer if isinstance(answer, list) else [answer])
     number = {"id": record["question_id"]} if "question_id" in record else {}
