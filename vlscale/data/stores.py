@@ -26,6 +26,7 @@ PIECE = 2**20  # bytes that are handed on at a time
 BLOCK = 8 * PIECE  # bytes of one request to a store that fsspec opens
 FIRST_CONTACT = 60.0  # seconds for a store that has never answered: its name may be wrong
 SHORTEST_WAIT, LONGEST_WAIT = 0.1, 15.0  # seconds between two tries
+TOLD_AFTER = 5.0  # seconds away before a warning
 BUSY = (408, 425, 429)  # client errors of HTTP that pass: timeout, too early, too many requests
 GLOB = re.compile(r"[*\[]|\?(?!.*=)")  # a `?` before a `=` begins a query
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -169,7 +170,7 @@ class _Outage:
                 "mend the store, or raise data.store_patience"
             ) from error
         self._tries += 1
-        if self._tries > 1 and self._host not in self._stores._away:
+        if away >= TOLD_AFTER and self._host not in self._stores._away:
             self._stores._away.add(self._host)
             _log.warning("%s does not answer (%s); trying again for up to %.0f s", self._host, reason, patience)
         delay = min(LONGEST_WAIT, SHORTEST_WAIT * 2.0 ** min(self._tries, 20))
