@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlscale import distributed, two_pass
-from vlscale.engine import LocalEngine
 from vlscale.families.base import Family
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.nn.temperature import Temperature
 from vlscale.objectives.base import Objective

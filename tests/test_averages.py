@@ -15,8 +15,9 @@ from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import OPTIM, Options, Toy, batch_of, engine_of, model_of, train, twin
 from vlscale import averages, distributed
-from vlscale.engine import DeepSpeedEngine, LocalEngine, StepReport
+from vlscale.engine import DeepSpeedEngine, StepReport
 from vlscale.errors import CheckpointError, ConfigError
+from vlscale.local_engine import LocalEngine
 from vlscale.nn import momentum
 from vlscale.nn.transformer import Stack
 from vlscale.plan import memory_plan

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.models import albef_batch, albef_model
 from vlscale import checkpoint
-from vlscale.engine import LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
+from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig
 from vlscale.types import Moment
 

@@ -23,9 +23,9 @@ from tests.runs import launch, run_whole
 from tests.shard_files import reference_folder
 from vlscale import checkpoint, config, convert, weights
 from vlscale.data.text import read_tokenizer
-from vlscale.engine import LocalEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import albef, clip, lxmert
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.objectives import answer, itm, masked_object, mlm, sigmoid
 from vlscale.optim import OptimConfig

@@ -11,8 +11,9 @@ import torch
 
 from tests.distributed.spawn import run_ranks
 from vlscale import distributed, ds_config
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
 from vlscale.families import albef
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel, Task
 from vlscale.objectives import itc, mlm
 from vlscale.optim import OptimConfig

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
 from vlscale import distributed, optimizers
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
+from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig, SgdConfig
 from vlscale.plan import memory_plan
 

@@ -15,9 +15,10 @@ from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.whole_steps import check_whole, over_ranks, part
 from vlscale import distributed, ds_config
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.families import clip, vlp
+from vlscale.local_engine import LocalEngine
 from vlscale.model import Encodings, PretrainModel
 from vlscale.objectives import mlm, seq2seq
 from vlscale.optim import OptimConfig

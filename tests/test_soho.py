@@ -19,10 +19,11 @@ from tests.reference.__main__ import main
 from tests.shard_files import reference_folder
 from tests.whole_steps import check_whole
 from vlscale import distributed, ds_config
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import soho
 from vlscale.flops import step_flops
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.objectives import itm, mlm, mvm
 from vlscale.optim import OptimConfig

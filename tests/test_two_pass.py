@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.models import albef_batch
 from tests.whole_steps import check_whole, part
 from vlscale import two_pass
-from vlscale.engine import LocalEngine
 from vlscale.families import albef
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.objectives import itc, itm, mlm
 from vlscale.optim import OptimConfig

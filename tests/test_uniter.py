@@ -20,9 +20,10 @@ from tests.models import batch_for
 from tests.reference.__main__ import main
 from tests.shard_files import reference_folder
 from vlscale import distributed, ds_config
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import uniter
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel, Task
 from vlscale.objectives import itm, mlm, mrc, mrc_kl, mrfr, wra
 from vlscale.optim import OptimConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.distributed.spawn import run_ranks
 from vlscale import distributed, two_pass
-from vlscale.engine import LocalEngine
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.optim import OptimConfig
 from vlscale.types import Batch, Moment, Text, Visual

@@ -1,8 +1,8 @@
-"""What makes an optimizer step: DeepSpeed at ZeRO 0-3, or plain PyTorch. The only importer of deepspeed.
+"""What makes an optimizer step: the contract, and DeepSpeed at ZeRO 0-3. The only importer of deepspeed.
 
-One rule holds in both, at every stage: **a trainable parameter that a step does not use has gradient zero in
-that step** (AdamW then moves it by its moments and its decay). Plain PyTorch would skip it, ZeRO 1 and 2 feed
-zeros, and ZeRO 3 would apply the gradient of an earlier step again.
+One rule holds at every stage, and in `local_engine`: **a trainable parameter that a step does not use has gradient
+zero in that step** (AdamW then moves it by its moments and its decay). Plain PyTorch would skip it, ZeRO 1 and 2
+feed zeros, and ZeRO 3 would apply the gradient of an earlier step again.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Engine(Protocol):
         ...
 
 
-class _Engine:
-    """What both engines share: the momentum twin and the bounds, on whatever part of a tensor lives here."""
+class TwinEngine:
+    """What every engine has: the momentum twin and the bounds, on whatever part of a tensor lives here."""
 
     model: PretrainModel
 
@@ -104,7 +104,7 @@ class _Engine:
             buffer.copy_(online)
 
 
-class DeepSpeedEngine(_Engine):
+class DeepSpeedEngine(TwinEngine):
     """DeepSpeed around a `PretrainModel`.
 
     `config` is a complete DeepSpeed configuration (`ds_config.merge`); the optimizer is that of
@@ -305,66 +305,6 @@ class DeepSpeedEngine(_Engine):
             return [hp for lps, hps in pairs for lp, hp in zip(lps, hps, strict=True) if lp is parameter]
         mapping = getattr(parameter, "_hp_mapping", None)  # this rank's fragment of the fp32 master, if any
         return [] if mapping is None else [mapping.get_hp_fragment()]
-
-
-class LocalEngine(_Engine):
-    """One process of plain PyTorch in fp32: the measure that every ZeRO stage is held to."""
-
-    def __init__(
-        self,
-        model: PretrainModel,
-        optim_config: optim.OptimConfig,
-        device: torch.device,
-        accumulation: int = 1,
-    ) -> None:
-        self.model = model.to(device)
-        self.device = device
-        self.dtype = torch.float32
-        self._clip = optim_config.clip
-        self._accumulation = accumulation
-        self._optimizer = optimizers.build(model.named_parameters(), optim_config)
-        pairs = self._followed()
-        self._averages = averages.whole(pairs, [online.data for online, _ in pairs])
-
-    def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
-        """See `Engine.forward`."""
-        made: Pass = self.model(batch, at, phase)
-        return made
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """See `Engine.backward`."""
-        torch.autograd.backward(loss / self._accumulation)
-
-    def step(self, lr: float) -> StepReport:
-        """See `Engine.step`."""
-        own = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        for parameter in own:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in own])
-        if self._clip > 0:
-            nn.utils.clip_grads_with_norm_(own, self._clip, norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return StepReport(float(norm), True, None)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            yield name, tensor.detach().cpu().clone()
-
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / "local.pt")
-
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        state = torch.load(folder / "local.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
 
 
 def saved(folder: Path, kind: str) -> list[Any]:

@@ -18,8 +18,9 @@ from tests.models import batch_for
 from tests.runs import losses, run_whole
 from tests.whole_steps import part
 from vlscale import distributed, ds_config, two_pass
-from vlscale.engine import DeepSpeedEngine, Engine, LocalEngine
+from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.families import albef
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.objectives import itc, itm, mil_nce, mlm, sigmoid
 from vlscale.optim import OptimConfig

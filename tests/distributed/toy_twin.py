@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale import distributed, ds_config
-from vlscale.engine import DeepSpeedEngine, Engine, LocalEngine
+from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.families.base import Family
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.nn import momentum
 from vlscale.nn.transformer import Stack

@@ -20,7 +20,8 @@ from tests.test_engine import (
     tiny_model,
 )
 from vlscale import distributed
-from vlscale.engine import DeepSpeedEngine, LocalEngine
+from vlscale.engine import DeepSpeedEngine
+from vlscale.local_engine import LocalEngine
 from vlscale.types import Moment
 
 pytestmark = pytest.mark.gpu

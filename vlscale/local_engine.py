@@ -1,0 +1,74 @@
+"""The optimizer step in plain PyTorch, which everything that DeepSpeed does is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vlscale import averages, optim, optimizers
+from vlscale.engine import StepReport, TwinEngine
+from vlscale.model import PretrainModel
+from vlscale.types import Batch, Moment, Pass
+
+
+class LocalEngine(TwinEngine):
+    """One process of plain PyTorch in fp32: the measure that every ZeRO stage is held to."""
+
+    def __init__(
+        self,
+        model: PretrainModel,
+        optim_config: optim.OptimConfig,
+        device: torch.device,
+        accumulation: int = 1,
+    ) -> None:
+        self.model = model.to(device)
+        self.device = device
+        self.dtype = torch.float32
+        self._clip = optim_config.clip
+        self._accumulation = accumulation
+        self._optimizer = optimizers.build(model.named_parameters(), optim_config)
+        pairs = self._followed()
+        self._averages = averages.whole(pairs, [online.data for online, _ in pairs])
+
+    def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
+        """See `Engine.forward`."""
+        made: Pass = self.model(batch, at, phase)
+        return made
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """See `Engine.backward`."""
+        torch.autograd.backward(loss / self._accumulation)
+
+    def step(self, lr: float) -> StepReport:
+        """See `Engine.step`."""
+        own = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        for parameter in own:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in own])
+        if self._clip > 0:
+            nn.utils.clip_grads_with_norm_(own, self._clip, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepReport(float(norm), True, None)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            yield name, tensor.detach().cpu().clone()
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "local.pt")
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        state = torch.load(folder / "local.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
