@@ -20,7 +20,8 @@ from vlscale.checkpoint import write_atomically
 from vlscale.errors import ConfigError
 
 CONFIG = "config.yaml"
-MAY_CHANGE = ("steps", "logging", "evaluation", "data.bad_budget", "data.bad_always")  # keys that leave a run the same
+STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
+MAY_CHANGE = ("steps", "logging", "evaluation", "data.bad_budget", "data.bad_always", *STORES)  # leave a run the same
 
 
 def default_name(recipe: str) -> Path:

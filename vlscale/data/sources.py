@@ -8,6 +8,7 @@ from pathlib import Path
 from vlscale.data.options import DataConfig
 from vlscale.data.order import Order, Source
 from vlscale.data.shards import Shards, expand
+from vlscale.data.stores import StoreOptions
 from vlscale.errors import ConfigError, did_you_mean
 
 Given = Sequence[str] | Mapping[str, str | Sequence[str]]  # globs, or {source: globs}
@@ -21,16 +22,18 @@ def named(given: Given) -> dict[str, list[str]]:
     return {name: [globs] if isinstance(globs, str) else list(globs) for name, globs in given.items()}
 
 
-def open_sources(given: Given, drawn: Sequence[Path], cache: Path | None = None) -> tuple[Shards, tuple[Source, ...]]:
+def open_sources(
+    given: Given, drawn: Sequence[Path], cache: Path | None = None, options: StoreOptions | None = None
+) -> tuple[Shards, tuple[Source, ...]]:
     """All shards as one row of samples, and which of them belong to which source.
 
     `drawn` are the shards that `embedded` stands for. DataError if a glob matches nothing or a shard cannot be read.
     """
     parts = {
-        name: expand([path for glob in globs for path in (drawn if glob == EMBEDDED else [glob])])
+        name: expand([path for glob in globs for path in (drawn if glob == EMBEDDED else [glob])], options)
         for name, globs in named(given).items()
     }
-    shards = Shards([path for paths in parts.values() for path in paths], cache)
+    shards = Shards([path for paths in parts.values() for path in paths], cache, options)
     sources, first = [], 0
     for name, paths in parts.items():
         last = first + len(paths)
