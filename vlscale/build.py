@@ -159,8 +159,9 @@ def open_shards(run: RunConfig) -> Opened:
             raise ConfigError(f"recipe '{run.recipe}' names no data.{key}; write data.{key}='FOLDER/*.tar'")
     embedded = any(EMBEDDED in globs for value in given.values() for globs in named(value or ()).values())
     drawn = scenes.ensure(regions=run.family.inputs.regions > 0) if embedded else None
-    train, sources = open_sources(given["train"] or (), drawn.train if drawn else ())
-    return Opened(train, sources, open_sources(given["val"] or (), drawn.val if drawn else ())[0])
+    stores = run.data.stores()
+    train, sources = open_sources(given["train"] or (), drawn.train if drawn else (), options=stores)
+    return Opened(train, sources, open_sources(given["val"] or (), drawn.val if drawn else (), options=stores)[0])
 
 
 def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: None) -> PretrainModel:

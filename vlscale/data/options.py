@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlscale.data.stores import StoreOptions
+from vlscale.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -25,5 +28,28 @@ class DataConfig:
     batch: int = 64  # samples per optimizer step over all ranks
     micro_batch: int | None = None  # samples per rank and forward pass; None = batch / ranks, no accumulation
     workers: int | None = None  # loader processes per rank; None = by machine
+    cache: str | None = None  # folder of shards fetched from stores or unpacked; None = in the user's cache
+    cache_gigabytes: float = 32.0  # 10^9 bytes that it may hold; 0 = none: single samples are read by ranges
+    store_patience: float = 1800.0  # seconds that a store may be away before the run ends
+    store_timeout: float = 30.0  # seconds without a byte after which a connection is given up and made anew
+    pipe: bool = False  # whether a shard may be `pipe:` and a command that prints it
     bad_budget: float = 0.01  # share of the samples served that may be broken before the run ends; a crawl has 0.005
     bad_always: int = 100  # so many may be, whatever their share
+
+    def __post_init__(self) -> None:
+        for name in ("cache_gigabytes", "store_patience"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"data.{name} should be at least 0 (got {getattr(self, name):g})")
+        if self.store_timeout <= 0:
+            raise ConfigError(f"data.store_timeout should be above 0 seconds (got {self.store_timeout:g})")
+
+    def stores(self) -> StoreOptions:
+        """How remote and compressed shards are read."""
+        return StoreOptions(
+            self.cache,
+            self.cache_gigabytes,
+            self.store_patience,
+            self.store_timeout,
+            self.pipe,
+            windowed=self.shuffle == "windowed",
+        )
