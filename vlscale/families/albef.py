@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes, check_divides, check_positions
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import BertEmbeddings, bert_layers
 from vlscale.nn.temperature import Temperature
-from vlscale.nn.transformer import Stack, scale_matrices
+from vlscale.nn.transformer import Stack, layer_flops, scale_matrices
 from vlscale.nn.vit import ImageEncoder, resize_positions
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
@@ -110,8 +109,8 @@ class Albef(Family):
         """See `Family.flops`."""
         c = self.config
         patches = (c.image_size // c.patch) ** 2
-        vit = _layer_flops(patches + 1, c.visual_width, c.visual_intermediate)
-        bert = _layer_flops(text_tokens, c.hidden, c.intermediate)
+        vit = layer_flops(patches + 1, c.visual_width, c.visual_intermediate)
+        bert = layer_flops(text_tokens, c.hidden, c.intermediate)
         keys = 2 * 2 * (patches + 1) * c.visual_width * c.hidden
         queries = 2 * 2 * text_tokens * c.hidden * c.hidden
         cross = keys + queries + 2 * 2 * text_tokens * (patches + 1) * c.hidden
@@ -127,26 +126,9 @@ def _unit(projected: Tensor) -> Tensor:
     return F.normalize(projected.float(), dim=1)
 
 
-def _layer_flops(tokens: int, width: int, inner: int) -> int:
-    products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
-    return 2 * tokens * products + 2 * 2 * tokens * tokens * width
-
-
 def _check(config: Config) -> None:
-    for whole, part in (
-        ("image_size", "patch"),
-        ("visual_width", "visual_heads"),
-        ("hidden", "heads"),
-    ):
-        if getattr(config, whole) % getattr(config, part):
-            raise ConfigError(
-                f"family.{whole} {getattr(config, whole)} is not a multiple of "
-                f"family.{part} {getattr(config, part)}; choose sizes that divide"
-            )
-    if config.text_length > config.max_positions:
-        raise ConfigError(
-            f"family.text_length {config.text_length} exceeds family.max_positions {config.max_positions}"
-        )
+    check_divides(config, ("image_size", "patch"), ("visual_width", "visual_heads"), ("hidden", "heads"))
+    check_positions(config.text_length, config.max_positions)
 
 
 build = Albef

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlscale.errors import ConfigError
 from vlscale.nn.temperature import Temperature
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
@@ -55,6 +56,22 @@ def bert_sizes(prefix: str, layers: str = "layers") -> tuple[Size, ...]:
         Size("intermediate", prefix + r"encoder\.layer\.0\.intermediate\.dense\.weight", 0),
         Size(layers, prefix + r"encoder\.layer\.(\d+)\..*"),
     )
+
+
+def check_divides(config: object, *pairs: tuple[str, str]) -> None:
+    """ConfigError unless, of each (whole, part), the number of `config` named first is a multiple of the second."""
+    for whole, part in pairs:
+        if getattr(config, whole) % getattr(config, part):
+            raise ConfigError(
+                f"family.{whole} {getattr(config, whole)} is not a multiple of "
+                f"family.{part} {getattr(config, part)}; choose sizes that divide"
+            )
+
+
+def check_positions(text_length: int, max_positions: int) -> None:
+    """ConfigError if a text is longer than the table of positions."""
+    if text_length > max_positions:
+        raise ConfigError(f"family.text_length {text_length} exceeds family.max_positions {max_positions}")
 
 
 class Family(nn.Module):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size
+from vlscale.families.base import Family, Rename, Renames, Size, check_divides
 from vlscale.nn.attention import causal_mask
 from vlscale.nn.clip import ACTIVATIONS, TokensAndPositions, clip_blocks, init_siglip, init_text_blocks
 from vlscale.nn.temperature import LogitScale
-from vlscale.nn.transformer import Stack
+from vlscale.nn.transformer import Stack, layer_flops
 from vlscale.nn.vit import (
     CLIP_PIXELS,
     HALVES,
@@ -158,8 +158,8 @@ class Clip(Family):
         c, width = self.config, self.config.visual_width
         patches = (c.image_size // c.patch) ** 2
         pooled = c.visual_pool == "map"
-        vit = _layer_flops(patches if pooled else patches + 1, width, c.visual_intermediate)
-        text = _layer_flops(text_tokens if c.causal else c.text_length, c.hidden, c.intermediate)
+        vit = layer_flops(patches if pooled else patches + 1, width, c.visual_intermediate)
+        text = layer_flops(text_tokens if c.causal else c.text_length, c.hidden, c.intermediate)
         patch_map = 2 * patches * 3 * c.patch**2 * width
         head = 2 * width * c.embed
         if pooled:  # query, output and MLP of one place; keys, values and attention of all
@@ -197,18 +197,8 @@ def _unit(projected: Tensor) -> Tensor:
     return F.normalize(projected.float(), dim=1)
 
 
-def _layer_flops(tokens: int, width: int, inner: int) -> int:
-    products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
-    return 2 * tokens * products + 2 * 2 * tokens * tokens * width
-
-
 def _check(config: Config) -> None:
-    for whole, part in (("image_size", "patch"), ("visual_width", "visual_heads"), ("hidden", "heads")):
-        if getattr(config, whole) % getattr(config, part):
-            raise ConfigError(
-                f"family.{whole} {getattr(config, whole)} is not a multiple of "
-                f"family.{part} {getattr(config, part)}; choose sizes that divide"
-            )
+    check_divides(config, ("image_size", "patch"), ("visual_width", "visual_heads"), ("hidden", "heads"))
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
             raise ConfigError(f"family.{name} is '{getattr(config, name)}'; write {' or '.join(known)}")

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes, check_divides, check_positions
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -135,14 +134,8 @@ class RegionEmbeddings(nn.Module):
 
 
 def _check(config: Config) -> None:
-    if config.hidden % config.heads:
-        raise ConfigError(
-            f"family.hidden {config.hidden} is not a multiple of family.heads {config.heads}; choose sizes that divide"
-        )
-    if config.text_length > config.max_positions:
-        raise ConfigError(
-            f"family.text_length {config.text_length} exceeds family.max_positions {config.max_positions}"
-        )
+    check_divides(config, ("hidden", "heads"))
+    check_positions(config.text_length, config.max_positions)
 
 
 build = Oscar

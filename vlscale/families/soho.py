@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes, check_positions
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import INIT_STD, BertEmbeddings, bert_layers
 from vlscale.nn.cnn import BLOCKS, STRIDE, BatchNorm, Convolution, ResNet
@@ -229,10 +229,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"family.frozen_stages {config.frozen_stages} is not -1 (none), 0 (the stem) or up to 4")
     if _cells(config.image_size) < 1:
         raise ConfigError(f"family.image_size {config.image_size} leaves no cell; write at least {STRIDE + 1}")
-    if config.text_length > config.max_positions:
-        raise ConfigError(
-            f"family.text_length {config.text_length} exceeds family.max_positions {config.max_positions}"
-        )
+    check_positions(config.text_length, config.max_positions)
 
 
 build = Soho

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes, check_divides, check_positions
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -143,14 +143,8 @@ class Uniter(Family):
 
 
 def _check(config: Config) -> None:
-    if config.hidden % config.heads:
-        raise ConfigError(
-            f"family.hidden {config.hidden} is not a multiple of family.heads {config.heads}; choose sizes that divide"
-        )
-    if config.text_length > config.max_positions:
-        raise ConfigError(
-            f"family.text_length {config.text_length} exceeds family.max_positions {config.max_positions}"
-        )
+    check_divides(config, ("hidden", "heads"))
+    check_positions(config.text_length, config.max_positions)
     if config.segments <= REGION_SEGMENT:
         raise ConfigError(f"family.segments is {config.segments}, but regions carry segment {REGION_SEGMENT}; give 2")
 

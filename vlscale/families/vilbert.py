@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, bert_sizes, check_divides, check_positions
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import NORM_EPS, BertEmbeddings, bert_layers, init_normal
 from vlscale.nn.coattention import CoattentionBlock, Sections
-from vlscale.nn.transformer import Stack, scale_matrices
+from vlscale.nn.transformer import Stack, layer_flops, scale_matrices
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 BOXES = 5  # x1 / W, y1 / H, x2 / W, y2 / H, share of the picture's area
@@ -152,8 +152,8 @@ class Vilbert(Family):
         """See `Family.flops`."""
         c = self.config
         slots = 1 + c.regions
-        text = _layer_flops(text_tokens, c.hidden, c.intermediate)
-        visual = _layer_flops(slots, c.visual_width, c.visual_intermediate)
+        text = layer_flops(text_tokens, c.hidden, c.intermediate)
+        visual = layer_flops(slots, c.visual_width, c.visual_intermediate)
         alone = (c.text_coattention[0], c.visual_coattention[0])
         # Each stream's queries and outputs, and its keys and values for the other: four products per token.
         exchange = 2 * 4 * c.coattention_width * (text_tokens * c.hidden + slots * c.visual_width)
@@ -226,26 +226,11 @@ def _halves(c: Config, width: int, context_width: int, mlp: int) -> list[Coatten
     return halves
 
 
-def _layer_flops(tokens: int, width: int, inner: int) -> int:
-    products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
-    return 2 * tokens * products + 2 * 2 * tokens * tokens * width
-
-
 def _check(config: Config) -> None:
-    for whole, part in (
-        ("hidden", "heads"),
-        ("visual_width", "visual_heads"),
-        ("coattention_width", "coattention_heads"),
-    ):
-        if getattr(config, whole) % getattr(config, part):
-            raise ConfigError(
-                f"family.{whole} {getattr(config, whole)} is not a multiple of "
-                f"family.{part} {getattr(config, part)}; choose sizes that divide"
-            )
-    if config.text_length > config.max_positions:
-        raise ConfigError(
-            f"family.text_length {config.text_length} exceeds family.max_positions {config.max_positions}"
-        )
+    check_divides(
+        config, ("hidden", "heads"), ("visual_width", "visual_heads"), ("coattention_width", "coattention_heads")
+    )
+    check_positions(config.text_length, config.max_positions)
     if not len(config.text_coattention) == len(config.visual_coattention) > 0:
         raise ConfigError(
             f"family.text_coattention names {len(config.text_coattention)} layers and family.visual_coattention "

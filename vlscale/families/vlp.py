@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlscale.errors import ConfigError
-from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes
+from vlscale.families.base import Family, Rename, Renames, Size, bert_sizes, check_divides
 from vlscale.nn.attention import attention_mask
 from vlscale.nn.bert import init_normal
 from vlscale.nn.single_stream import Pooler, left_to_right, real
@@ -219,10 +219,7 @@ class Joined(nn.Module):
 
 
 def _check(config: Config) -> None:
-    if config.hidden % config.heads:
-        raise ConfigError(
-            f"family.hidden {config.hidden} is not a multiple of family.heads {config.heads}; choose sizes that divide"
-        )
+    check_divides(config, ("hidden", "heads"))
     needed = config.regions + 1 + config.text_length
     if needed > config.max_positions:
         raise ConfigError(

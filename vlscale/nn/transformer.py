@@ -56,6 +56,12 @@ def scale_matrices(module: nn.Module, factor: float) -> None:
             part.weight.mul_(factor)
 
 
+def layer_flops(tokens: int, width: int, inner: int) -> int:
+    """FLOPs of one layer of self-attention and MLP over one sample's `tokens`; see `Family.flops`."""
+    products = 4 * width * width + 2 * width * inner  # query, key, value, output; the two of the MLP
+    return 2 * tokens * products + 2 * 2 * tokens * tokens * width
+
+
 def quick_gelu(hidden: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), near GELU (Hendrycks and Gimpel 2016, section 2): what OpenAI's CLIP was trained with."""
     return hidden * (1.702 * hidden).sigmoid()
