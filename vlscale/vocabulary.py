@@ -59,10 +59,9 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
 
 
 def _cache_key(shards: Shards, options: tuple[object, ...]) -> str:
-    """Tells the shards, when local files changed last, what is made of them, and what makes it."""
-    states = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, filter(os.path.exists, shards.paths))]
+    """Tells the shards and their state, what is made of them, and what makes it."""
     libraries = [metadata.version(name) for name in ("tokenizers", "transformers")]
-    told = [_VERSION, MOST_CAPTIONS, libraries, shards.fingerprint(), states, options]
+    told = [_VERSION, MOST_CAPTIONS, libraries, shards.fingerprint(), shards.stamps(), options]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 

@@ -312,6 +312,10 @@ class Shards:
         """16 hex digits that tell the shards' names, order, keys and member sizes, not their folder."""
         return self._fingerprint
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """Of each shard its size, and what changes with its content: a stale index or vocabulary is told by them."""
+        return [origin.stamp for origin in self._origins]
+
 
 def _each(make: Callable[[A], B], given: Sequence[A], threads: bool) -> list[B]:
     """`make` of each, in several threads where that saves waiting."""
