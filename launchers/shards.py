@@ -5,7 +5,7 @@
     python launchers/shards.py make --from lxmert_tsv --source obj36.tsv --captions mscoco_train.json --to shards
     python launchers/shards.py index 'shards/*.tar'
     python launchers/shards.py verify 'shards/*.tar' --json report.json
-    python launchers/shards.py describe 'shards/*.tar'
+    python launchers/shards.py describe 'shards/*.tar' --html page.html
     python launchers/shards.py regions 'shards/*.tar' --detector detr-resnet-50 --to shards_with_regions
 
 `python launchers/shards.py COMMAND --help` lists the options of a command.
@@ -17,6 +17,7 @@ import argparse
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -96,6 +97,11 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
     _processes_option(parser)
 
 
+def _shards_argument(parser: argparse.ArgumentParser) -> None:
+    text = "tar files, URLs, globs, or x-{000..012}.tar"
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=text)
+
+
 def _processes_option(parser: argparse.ArgumentParser) -> None:
     text = "processes that do the work; default: one for each core, here %(default)s"
     parser.add_argument("--processes", type=int, default=parallel.cores(), metavar="N", help=text)
@@ -122,34 +128,44 @@ def _told(written: Written, broken: Path | None = None) -> int:
 
 
 def index(argv: list[str]) -> int:
-    """Build the index of each shard, which a training run reads first; print samples per shard."""
+    """Make the index of each shard that has none or has changed, which a training run reads first; count samples."""
     parser = _parser("index", index.__doc__)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    _shards_argument(parser)
+    _processes_option(parser)
     options = _parse(parser, argv)
 
-    from vlscale.data.shards import expand, load_index
+    from vlscale.data import indexing
 
-    total = 0
-    for path in expand(options.shards):
-        samples = len(load_index(path).keys)
-        total += samples
-        print(f"{samples:>10}  {path}")
-    print(f"{total:>10}  samples")
+    indexed = list(indexing.index(options.shards, options.processes))
+    for shard in indexed:
+        note = "  (its index was stale)" if shard.was == "stale" else ""
+        print(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
+    faulty = sum(bool(shard.fault) for shard in indexed)
+    told = Counter(shard.was for shard in indexed if not shard.fault)
+    states = f"{told['kept']} were there, {told['new']} new, {told['stale']} stale"
+    print(f"{sum(shard.samples for shard in indexed):>10}  samples; indexes: {states}")
+    if faulty:
+        raise DataError(f"{faulty} of {len(indexed)} shards cannot be read; they are named above")
     return DONE
 
 
 def verify(argv: list[str]) -> int:
     """Read every member of every sample; exit code 3 if anything is wrong."""
     parser = _parser("verify", verify.__doc__)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    _shards_argument(parser)
     parser.add_argument("--quick", action="store_true", help="pictures by their headers, regions by their shapes")
+    text = "put the checksums of sound shards into SHA256SUMS beside them"
+    parser.add_argument("--write_checksums", action="store_true", help=text)
+    _processes_option(parser)
     _json_option(parser)
     options = _parse(parser, argv)
 
     from vlscale.data import inspect
 
-    report = inspect.verify(options.shards, options.quick)
+    report = inspect.verify(options.shards, options.quick, options.processes, options.write_checksums)
     print(f"{report.shards} shard(s), {report.samples} samples, {report.members} members read")
+    if report.checksums:
+        print(f"{report.checksums} shard(s) with the checksum that SHA256SUMS tells")
     for problem in report.problems[:SHOWN]:
         where = f"{problem.shard}: {problem.key}" if problem.key else problem.shard
         print(f"  {where}: {problem.reason}")
@@ -164,26 +180,39 @@ def verify(argv: list[str]) -> int:
 def describe(argv: list[str]) -> int:
     """Say what shards hold."""
     parser = _parser("describe", describe.__doc__)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    _shards_argument(parser)
+    text = "look at so many samples, evenly drawn; default: all"
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help=text)
+    _processes_option(parser)
     _json_option(parser)
+    parser.add_argument("--html", type=Path, default=None, metavar="FILE", help="write a page with pictures there")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws its samples; default: %(default)s")
     options = _parse(parser, argv)
 
-    from vlscale.data import inspect
+    from vlscale.data.describe import describe as figures_of
+    from vlscale.data.shards import Shards
 
-    figures = inspect.describe(options.shards)
+    shards = Shards(options.shards)
+    figures = figures_of(shards, options.limit, options.processes)
     for name, value in figures.items():
-        if name != "examples" and value is not None:
+        if name not in ("examples", "histograms") and value is not None:
             print(f"{name.replace('_', ' '):24} {_words(value)}")
     for example in figures["examples"]:
-        print(json.dumps(example, ensure_ascii=False))
+        print(_encoded(json.dumps(example, ensure_ascii=False)).decode())
     _write_json(options.json, figures)
+    if options.html:
+        from vlscale.data.cards import cards
+        from vlscale.data.page import page
+
+        title = ", ".join(map(str, options.shards))
+        _write("--html", options.html, page(title, figures, cards(shards, seed=options.seed)))
     return DONE
 
 
 def regions(argv: list[str]) -> int:
     """Copy shards of pictures and add regions.npz and tags, by an object detector from a local folder."""
     parser = _parser("regions", regions.__doc__)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, globs, or x-{000..012}.tar")
+    _shards_argument(parser)
     parser.add_argument("--detector", type=Path, required=True, metavar="FOLDER", help="a detector of transformers")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the copies")
     for name, kind, default, text in (
@@ -207,7 +236,7 @@ def regions(argv: list[str]) -> int:
 
 def _words(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {number:g}" for name, number in value.items())
+        return ", ".join(f"{name} {number:,.6g}" for name, number in value.items())
     return str(value)
 
 
@@ -257,10 +286,19 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 def _write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
     if path is None:
         return
+    _write("--json", path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(option: str, path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_bytes(_encoded(text))
     except OSError as error:
-        raise ConfigError(f"--json {path} cannot be written ({error.strerror}); write a path that can") from error
+        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); write a path that can") from error
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8, in which half a character of somebody's json becomes a question mark."""
+    return text.encode(errors="replace")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""verify and describe: each fault that training would stumble over is found, counted and named."""
+"""verify: each fault that training would stumble over is found, counted and named."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -14,8 +16,13 @@ import pytest
 from tests.shard_files import Members, png, sample, shared, write_samples, write_tar
 from vlscale.data import inspect
 from vlscale.data.arrays import read_arrays
+from vlscale.data.cards import cards
+from vlscale.data.checksums import read_sums
+from vlscale.data.describe import describe
 from vlscale.data.detections import Detections, read_regions, write_regions
-from vlscale.errors import DataError
+from vlscale.data.page import page
+from vlscale.data.shards import Shards
+from vlscale.errors import ConfigError, DataError
 
 
 def found(regions: int = 3, width: int = 8, classes: int = 5) -> Detections:
@@ -94,6 +101,12 @@ def test_faulty_members_are_found(tmp_path: Path) -> None:
         ([("s.jpg", b"no picture")], "picture"),
         ([("s.png", png(1)), ("s.1.png", b"")], "picture"),
         ([("s.gif", b"no clip")], "video"),
+        ([("s.gif", b"GIF89a\x08\x00\x08\x00 cut short")], "video"),
+        ([("s.gif", b"GIF89a" + b"\xff" * 20)], "video"),
+        ([("s.mp4", b"no clip")], "video"),
+        ([("s.png", png(1)), ("s.json", b'{"objects": [{"box": [1, 2, 3]}]}')], "json"),
+        ([("s.png", png(1)), ("s.json", b'{"expressions": [{"box": [1, 2, 3, NaN]}]}')], "json"),
+        ([("s.png", png(1)), ("s.json", b'{"objects": "cat"}')], "json"),
         ([("s.png", png(1)), ("s.json", b"{")], "json"),
         ([("s.png", png(1)), ("s.json", b"[1]")], "json"),
         ([("s.png", png(1)), ("s.json", b'{"tags": "cat"}')], "json"),
@@ -136,23 +149,83 @@ def test_quick_reads_headers_only(tmp_path: Path) -> None:
     assert verified(tmp_path, [("s.png", b"no picture")], quick=True) == {"picture": 1}
 
 
-def test_describe_counts_what_is_there(tmp_path: Path) -> None:
-    record = {"caption": ["one two three", "four"], "qa": [{"q": "what colour?", "a": "red"}], "tags": ["cat"]}
-    special = {
-        0: [("s000.png", png(0, 32)), ("s000.json", json.dumps(record).encode())],
-        1: [*sample(1), ("s001.regions.npz", write_regions(found(3)))],
-        2: [*sample(2), ("s002.regions.npz", write_regions(found(7)))],
-    }
-    figures = inspect.describe(write_samples(tmp_path, 5, 3, special))
-    assert (figures["samples"], figures["shards"], figures["captions"]) == (5, 2, 6)
-    assert figures["fields"] == {"png": 5, "json": 5, "regions.npz": 2}
-    assert figures["caption_words"] == {"min": 1, "median": 5, "p95": 5, "max": 5}
-    assert figures["picture_width"]["max"] == 32
-    assert (figures["regions_per_sample"]["min"], figures["regions_per_sample"]["max"]) == (3, 7)
-    assert (figures["feature_width"], figures["classes"]) == ({"8": 2}, 5)
-    assert (figures["questions"], figures["commonest_answers"]) == (1, {"red": 1})
-    assert figures["examples"][0]["tags"] == ["cat"]
-    json.dumps(figures)
+def change(path: Path, old: bytes, new: bytes) -> None:
+    """Other bytes in the same place, and no sign of it in the file's time of change."""
+    before, data = path.stat(), path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_checksums_tell_what_nothing_else_does(tmp_path: Path) -> None:
+    write_samples(tmp_path, 6, 2, {})
+    shards = str(tmp_path / "*.tar")
+    assert inspect.verify(shards).checksums == 0
+    inspect.verify(shards, write_checksums=True)
+    report = inspect.verify(shards)
+    assert (report.checksums, report.counts) == (3, {})
+    change(tmp_path / "part-001.tar", b"number 3", b"number 7")
+    report = inspect.verify(shards)
+    assert (report.checksums, report.counts) == (2, {"checksum": 1})
+    assert Path(report.problems[0].shard).name == "part-001.tar"
+    assert inspect.verify(shards, quick=True).counts == {}
+
+
+def test_checksums_of_faulty_shards_are_not_written(tmp_path: Path) -> None:
+    write_samples(tmp_path, 6, 2, {1: sample(1, picture=b"broken")})
+    (tmp_path / "part-001.tar").write_bytes(b"no tar at all")
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  elsewhere.tar\n")
+    inspect.verify(str(tmp_path / "*.tar"), write_checksums=True)
+    assert list(read_sums(tmp_path)) == ["elsewhere.tar", "part-002.tar"]
+    for options in ({"quick": True}, {"patterns": "https://example.org/a.tar"}):
+        with pytest.raises(ConfigError, match="--write_checksums is for whole reads of local shards"):
+            inspect.verify(**{"patterns": str(tmp_path / "*.tar"), "write_checksums": True, **options})  # type: ignore[arg-type]
+
+
+def test_damaged_checksums_are_told(tmp_path: Path) -> None:
+    write_samples(tmp_path, 2, 2, {})
+    (tmp_path / "SHA256SUMS").write_text("part-000.tar 77\n")
+    report = inspect.verify(str(tmp_path / "*.tar"))
+    assert report.counts == {"shard": 1}
+    assert "SHA256SUMS holds the line 'part-000.tar 77'" in report.problems[0].reason
+
+
+def test_headers_are_scanned_whatever_index_there_is(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "part-000.tar", [member for n in range(4) for member in sample(n)])
+    assert inspect.verify(path).counts == {}
+    Shards(path)
+    change(path, b"s002.png", b"s\xff02.png")
+    report = inspect.verify(path)
+    assert report.counts == {"shard": 1}
+    damaged = re.search(r"damaged at byte (\d+)", report.problems[0].reason)
+    assert damaged is not None
+    assert path.read_bytes()[int(damaged[1]) :].startswith(b"s\xff02.png")
+
+
+def test_keys_that_two_shards_have(tmp_path: Path) -> None:
+    write_samples(tmp_path, 6, 2, {5: sample(0)})
+    report = inspect.verify(str(tmp_path / "*.tar"))
+    assert report.counts == {"key": 1}
+    problem = report.problems[0]
+    assert (Path(problem.shard).name, problem.key) == ("part-002.tar", "s000")
+    assert problem.reason == f"its key is that of a sample of {tmp_path}/part-000.tar too"
+
+
+def test_a_problem_tells_the_byte(tmp_path: Path) -> None:
+    broken = [("s001.png", png(1)), ("s001.1.png", b"no picture"), ("s001.json", b'{"caption": ""}')]
+    shards = write_samples(tmp_path, 4, 4, {1: broken})
+    problems = inspect.verify(shards).problems
+    data = (tmp_path / "part-000.tar").read_bytes()
+    assert [problem.kind for problem in problems] == ["picture", "caption"]
+    assert data[problems[0].byte :].startswith(b"no picture")
+    assert data[problems[1].byte :].startswith(b'{"caption": ""}')
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "MAX_MEMBER_BYTES", 100)
+    report = inspect.verify(write_tar(tmp_path / "a.tar", [("s.png", png(1)), ("s.json", b'{"caption": "a"}')]))
+    assert report.counts == {"picture": 1}
+    assert report.problems[0].reason == f"png: it has {len(png(1))} bytes; at most 100 are read"
 
 
 def test_real_shards_are_sound() -> None:
@@ -160,3 +233,40 @@ def test_real_shards_are_sound() -> None:
     for name, samples in (("open/coco_by/coco_by-val-*.tar", 13), ("research_only/butd_regions/*.tar", 8)):
         report = inspect.verify(str(folder / name))
         assert (report.samples, report.counts) == (samples, {})
+
+
+FOREIGN = {"compressed.tar": 3, "mpdata.tar": 100, "sample.tgz": 90, "tendata.tar": 100, "testgz.tar": 1_000}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_shards_that_others_made(name: str) -> None:
+    path = shared() / "open" / "foreign_tars" / name
+    report = inspect.verify(path, quick=True)
+    assert report.samples == FOREIGN[name]
+    assert set(report.counts) <= {"no visual"}
+    assert describe(path, limit=20)["described"] == 20 if FOREIGN[name] > 20 else FOREIGN[name]
+
+
+@pytest.mark.slow
+def test_every_real_set_is_sound_and_described() -> None:
+    """Against the counts that were taken when the sets were gathered."""
+    folder = shared()
+    for each in json.loads((folder / "index.json").read_text())["sets"]:
+        parts = [part for part in each["splits"].values() if part["shards"]]
+        shards = [folder / shard["file"] for part in parts for shard in part["shards"]]
+        report = inspect.verify(shards, processes=2)
+        samples = sum(part["samples"] for part in parts)
+        assert (report.shards, report.samples, report.counts) == (len(shards), samples, {}), each["name"]
+        figures = describe(shards, processes=2)
+        assert (figures["samples"], figures["unreadable_members"]) == (samples, 0)
+        assert figures["questions"] == sum(part["questions"] for part in parts)
+        assert figures["captions"] + figures["statements"] == sum(part["captions"] for part in parts)
+        assert len(page(each["name"], figures, cards(Shards(shards)))) < 5_000_000
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_does(tmp_path: Path) -> None:
+    special = {n: sample(n, picture=b"broken") for n in range(0, 1_000, 7)}
+    shards = write_samples(tmp_path, 1_000, 90, {999: sample(3), 500: sample(1), **special})
+    assert inspect.verify(shards, processes=3) == inspect.verify(shards)
+    assert describe(shards, processes=3) == describe(shards)

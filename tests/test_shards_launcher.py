@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 
 from launchers import shards as launcher
-from tests.runs import launch
-from tests.shard_files import png, sample, write_samples
+from tests.runs import ROOT, launch
+from tests.shard_files import png, sample, write_samples, write_tar
 from tests.test_formats import picture_arrays, write_pictures
 from tests.unlucky import Unlucky, Unreadable
 from vlscale.data import samples
@@ -51,9 +53,14 @@ def test_from_a_folder_to_shards_that_training_reads(tmp_path: Path, printed: Pr
     assert len(list((tmp_path / "cache" / "index").iterdir())) == 2
     out = tmp_path / "out" / "*.tar"
     assert [line.split()[0] for line in printed("index", out).splitlines()] == ["3", "1", "4"]
-    assert "no problem found" in printed("verify", out)
-    assert "samples                  4" in printed("describe", out, "--json", tmp_path / "d.json")
+    said = printed("verify", out)
+    assert "2 shard(s) with the checksum that SHA256SUMS tells" in said
+    assert "no problem found" in said
+    files = ("--json", tmp_path / "d.json", "--html", tmp_path / "d.html")
+    assert "samples                  4" in printed("describe", out, *files)
     assert json.loads((tmp_path / "d.json").read_text())["captions"] == 4
+    assert "picture number 0" in (tmp_path / "d.html").read_text()
+    assert "described                2" in printed("describe", out, "--limit", 2)
     shards = Shards(str(out))
     assert samples.picture(shards, 0).shape == (24, 24, 3)
     assert samples.sentences(shards, 0)[0].text == "picture number 0"
@@ -76,6 +83,38 @@ def test_regions_that_training_reads(tmp_path: Path, printed: Printed) -> None:
     np.testing.assert_array_equal(found.fields["classes"], picture_arrays(1)["objects_id"][:3])
     assert samples.sentences(shards, 0, questions=True)[0].answer == "red"
     assert len(samples.tags(shards, 0).split()) == 4
+
+
+def test_index_says_what_was_stale_and_goes_on_after_a_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLSCALE_CACHE", str(tmp_path / "cache"))
+    pattern = write_samples(tmp_path, 6, 2, {})
+    for wanted in ("0 were there, 3 new, 0 stale", "3 were there, 0 new, 0 stale"):
+        assert launcher.main(["index", pattern]) == DONE
+        assert f"         6  samples; indexes: {wanted}\n" in capsys.readouterr().out
+    write_tar(tmp_path / "part-001.tar", sample(2))
+    (tmp_path / "part-002.tar").write_bytes(b"no tar at all")
+    with pytest.raises(DataError, match="1 of 3 shards cannot be read; they are named above"):
+        launcher.main(["index", pattern])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"         1  {tmp_path}/part-001.tar  (its index was stale)"
+    assert f"shard {tmp_path}/part-002.tar is not a readable tar file" in lines[2]
+    assert lines[3] == "         3  samples; indexes: 1 were there, 0 new, 1 stale"
+
+
+@pytest.mark.parametrize("command", launcher.COMMANDS)
+def test_help_needs_no_torch(command: str) -> None:
+    """What takes long to import is imported when it is needed."""
+    code = (
+        "import sys\nfrom launchers import shards\n"
+        f"try: shards.main(['{command}', '--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'cv2'} & set(sys.modules)))"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - began < 3
 
 
 def test_verify_ends_with_3_and_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,8 +139,8 @@ def _compare(looked: Sequence[_Shard], found: _Found) -> int:
             matched += 1
         elif told:
             reason = (
-                f"its sha256 is {shard.sha256}, and {checksums.SUMS} says {told}: it was damaged or changed after that was "
-                "written; copy it again, or take its line out"
+                f"its sha256 is {shard.sha256}, and {checksums.SUMS} says {told}: it has been damaged or changed; "
+                "copy it again, or take its line out"
             )
             found.add(Problem("checksum", shard.url, "", reason))
     return matched
@@ -272,7 +273,7 @@ def _check(kind: str, field: str, raw: Mapping[str, bytes], quick: bool) -> None
     elif kind == "video":
         _check_video(field, data)
     elif kind == "json":
-        _checkrecord_of(data)
+        _check_record(data)
     elif kind == "txt":
         data.decode()
     elif kind == "regions":
@@ -312,7 +313,7 @@ def _check_frames(data: bytes) -> None:
         raise ValueError(f"times are not {features.shape[0]} finite numbers, one per frame")
 
 
-def _checkrecord_of(data: bytes) -> None:
+def _check_record(data: bytes) -> None:
     """The parts of the json that we read, apart from its captions."""
     record = read_json(data)
     if not isinstance(record, dict):
@@ -323,9 +324,21 @@ def _checkrecord_of(data: bytes) -> None:
     for name in ("width", "height"):
         if not isinstance(record.get(name, 1), int) or record.get(name, 1) < 1:
             raise ValueError(f"{name} is {record[name]!r}; it should be a number of pixels")
+    for name in ("objects", "expressions"):
+        listed = record.get(name, [])
+        if not isinstance(listed, list) or not all(
+            isinstance(each, dict) and _is_box(each.get("box")) for each in listed
+        ):
+            raise ValueError(f'{name} should be a list of objects whose "box" is four numbers, where they have one')
     pairs = record.get("qa", [])
     if not isinstance(pairs, list) or not all(_is_qa(pair) for pair in pairs):
         raise ValueError('qa should be a list of {"q": question, "a": answer}, both of them text')
+
+
+def _is_box(box: object) -> bool:
+    return box is None or (
+        isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) and abs(n) < math.inf for n in box)
+    )
 
 
 def _is_qa(pair: object) -> bool:

@@ -35,16 +35,16 @@ def require_processes(processes: int) -> None:
 
 
 def ordered(
-    job: Callable[[_Item], _Result], items: Iterator[_Item], processes: int, chunk: int = CHUNK
+    job: Callable[[_Item], _Result], items: Iterator[_Item], processes: int, chunk: int = CHUNK, few: int = FEW
 ) -> Generator[_Result, None, None]:
     """What `job` makes of every item, in the items' order; the first error of a job ends it.
 
-    `job` goes to each process once, by pickle; with one process, or few items, all is done here. Close the iterator to
-    end early. DataError if a process is killed.
+    `job` goes to each process once, by pickle; with one process, or fewer than `few` items, all is done here. Close the
+    iterator to end early. DataError if a process is killed.
     """
-    first = list(islice(items, max(FEW, chunk)))
+    first = list(islice(items, few))
     items = chain(first, items)
-    if processes == 1 or len(first) < FEW:
+    if processes == 1 or len(first) < few:
         yield from map(job, items)
         return
     waiting: deque[Future[list[_Result]]] = deque()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from vlscale.data.augment import require
 from vlscale.data.detections import read_regions
-from vlscale.types import Geometry, Inputs
+
+if TYPE_CHECKING:
+    from vlscale.types import Geometry, Inputs
 
 Floats = NDArray[np.float32]
 # fields of `Visual` that a file may hold beside `features` and `boxes`, and what they become

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import simplejpeg
 
 from vlscale.data.decode import decode, picture_size, resize
@@ -58,7 +59,8 @@ class Shrink:
         if min(width, height) <= self.short:
             return field, data
         factor = self.short / min(width, height)
-        pixels = resize(decode(data), *(max(self.short, round(side * factor)) for side in (width, height)))
+        smaller_width, smaller_height = (max(self.short, round(side * factor)) for side in (width, height))
+        pixels = np.ascontiguousarray(resize(decode(data), smaller_width, smaller_height))
         smaller = simplejpeg.encode_jpeg(pixels, quality=self.quality, colorspace="RGB", colorsubsampling="420")
         return f"{stem}.jpg" if stem else "jpg", smaller
 
