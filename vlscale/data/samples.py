@@ -6,14 +6,16 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlscale.data import regions as region_data
 from vlscale.data.decode import Pixels, decode
 from vlscale.data.regions import Regions
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError
-from vlscale.types import Inputs
+
+if TYPE_CHECKING:
+    from vlscale.types import Inputs
 
 TEXT_FIELDS = ("json", "txt")
 REGION_FIELD = "regions.npz"
