@@ -161,7 +161,7 @@ def test_as_few_micro_batches_as_a_budget_allows(tmp_path: Path) -> None:
         fewest(one, 240, 2, 100)
 
 
-# --- data.batching=uniter ----------------------------------------------------------------------------------
+# --- data.batching=token_buckets ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", ["droplast", "keeplast"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,13 +40,16 @@ def part(batch: Batch, rows: slice) -> Batch:
     )
 
 
-def make_step(make: Callable[[], PretrainModel], batch: Batch, number: int) -> Found:
-    """This rank's part of a step, in `number` micro-batches; all ranks find the same."""
+def make_step(make: Callable[[], PretrainModel], batch: Batch, number: int, sizes: Sequence[int] = ()) -> Found:
+    """This rank's part of a step, in `number` micro-batches; all ranks find the same.
+
+    `sizes` are those of all micro-batches of all ranks, one rank after the other; none = alike.
+    """
     model, ranks = make(), distributed.world_size()
     machine = LocalEngine(model, OptimConfig(clip=0.0), torch.device("cpu"), accumulation=number)
-    size = len(batch) // number // ranks
-    starts = [(each * ranks + distributed.rank()) * size for each in range(number)]
-    batches = [part(batch, slice(start, start + size)) for start in starts]
+    ends = list(accumulate(sizes or [len(batch) // number // ranks] * number * ranks, initial=0))
+    places = [each * ranks + distributed.rank() for each in range(number)]
+    batches = [part(batch, slice(ends[place], ends[place + 1])) for place in places]
     moments = [Moment(3, 7, each, number) for each in range(number)]
     counts = [model.counts(each) for each in batches]
     whole = distributed.sum_over_ranks({name: torch.stack([c[name] for c in counts]).sum() for name in counts[0]})
@@ -76,10 +80,13 @@ def over_ranks(tensor: Tensor) -> Tensor:
     return distributed.gather([tensor.detach()[None]])[0].mean(dim=0)
 
 
-def check_whole(make: Callable[[], PretrainModel], batch: Batch, world: int, number: int) -> None:
+def check_whole(
+    make: Callable[[], PretrainModel], batch: Batch, world: int, number: int, sizes: Sequence[int] = ()
+) -> None:
     """`world` ranks with `number` micro-batches each equal one process with one batch."""
     expected = make_step(make, batch, 1)
-    ranks = [make_step(make, batch, number)] if world == 1 else run_ranks(make_step, world, make, batch, number)
+    cut = (make, batch, number, sizes)
+    ranks = [make_step(*cut)] if world == 1 else run_ranks(make_step, world, *cut)
     for found in ranks:
         torch.testing.assert_close(found["losses"], expected["losses"])
         torch.testing.assert_close(found["buffers"], expected["buffers"])

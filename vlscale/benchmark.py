@@ -52,6 +52,7 @@ class Work(NamedTuple):
     model_flops: int
     hardware_flops: int
     tokens: int
+    filled: int  # places of words and regions that are no padding
     places: int
 
 
@@ -144,6 +145,7 @@ def benchmark(request: Request, *, steps: int = 50, warmup: int = 10, against: s
     load_before = _load_average()
     setting = build.setup(request)
     model = build.build_model(run)
+    setting = build.within_budget(run, setting, model)
     parts = _Parts(request, setting, model, build.build_engine(run, setting, model), guard)
     block = run.logging.every if against else 1
     blocks = -(-steps // block)
@@ -217,11 +219,12 @@ def _work(parts: _Parts, step: int, micro_batches: Sequence[Batch]) -> Work:
     run = parts.request.run
     mode = run.activation_checkpointing
     flops = [step_flops(parts.model, batch, mode) for batch in micro_batches]
-    masks = [text.mask for batch in micro_batches for text in batch.text.values()]
+    masks = [mask for batch in micro_batches for mask in batch.masks()]
     return Work(
         model_flops=sum(each.model for each in flops),
         hardware_flops=sum(each.hardware for each in flops),
-        tokens=sum(int(mask.sum()) for mask in masks),
+        tokens=sum(int(text.mask.sum()) for batch in micro_batches for text in batch.text.values()),
+        filled=sum(int(mask.sum()) for mask in masks),
         places=sum(mask.numel() for mask in masks),
     )
 
@@ -259,7 +262,7 @@ def _speed(laps: Sequence[Lap], work: Sequence[Work], parts: _Parts) -> dict[str
         peak = peak_flops(torch.cuda.get_device_name(setting.device), ds_config.precision(setting.ds))
     whole = [_over_ranks(each) for each in work]
     took = np.array([seconds(lap.begin, lap.end) for lap in laps])
-    model, hardware, tokens, places = (np.array(column, dtype=float) for column in zip(*whole, strict=True))
+    model, hardware, tokens, filled, places = (np.array(column, dtype=float) for column in zip(*whole, strict=True))
     rates = {
         "seconds_per_step": took,
         "samples_per_second": run.data.batch / took,
@@ -275,7 +278,7 @@ def _speed(laps: Sequence[Lap], work: Sequence[Work], parts: _Parts) -> dict[str
         "hfu": spread(hardware / took / (ranks * peak)) if peak else None,
         "model_tflops_per_step": float(model.mean()) / 1e12,
         "hardware_tflops_per_step": float(hardware.mean()) / 1e12,
-        "padding_fraction": float(1 - tokens.sum() / places.sum()) if places.sum() else 0.0,
+        "padding_fraction": float(1 - filled.sum() / places.sum()) if places.sum() else 0.0,
     }
 
 

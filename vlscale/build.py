@@ -17,7 +17,8 @@ from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out, scenes
 from vlscale.data import views as view_data
-from vlscale.data.batches import Even
+from vlscale.data.batches import Batching, Even, Spread, fewest, make_batching
+from vlscale.data.lengths import Lengths, Reading, Shapes, measure
 from vlscale.data.loader import Loader, Plan
 from vlscale.data.order import Source, TaskOrder
 from vlscale.data.shards import Shards
@@ -191,6 +192,43 @@ def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: Non
     return model
 
 
+def within_budget(run: RunConfig, setting: Setting, model: PretrainModel) -> Setting:
+    """The same with the number of micro-batches that `data.tokens` asks for, where batches of equal cost find it.
+
+    Raises:
+        ConfigError: micro-batches are to have unequal numbers of samples, and an objective needs equal ones.
+    """
+    data, world = run.data, distributed.world_size()
+    if data.batching != "count" and (name := model.even()):
+        raise ConfigError(
+            f"data.batching={data.batching} gives micro-batches of unequal numbers of samples, and objectives.{name} "
+            "compares the samples of a batch, or draws for them by number; write data.batching=count"
+        )
+    if data.batching != "cost" or data.tokens is None:
+        return setting
+    number = fewest(_batching(run, setting, model, 1), data.batch, world, data.tokens)
+    micro_batch = data.batch // (number * world)
+    counts = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": number}
+    return replace(setting, ds={**setting.ds, **counts})
+
+
+def _batching(run: RunConfig, setting: Setting, model: PretrainModel, per_step: int) -> Batching:
+    """Of `per_step` micro-batches on every rank."""
+    inputs, made = run.family.inputs, plan(run, setting.answers, model)
+
+    def lengths() -> Lengths:
+        keep_ratio = next((how for views in made.views.values() for how in views.keep_ratio().values()), None)
+        reading = Reading(inputs, run.text.kept_words, _asks(run), keep_ratio)
+        return measure(setting.train, setting.tokenizer, setting.vocabulary, reading)
+
+    def shapes(measured: Lengths) -> Shapes:
+        order = make_order(setting.sources, run.data, run.seed)
+        return Shapes(measured, order, run.seed, made.views, inputs)
+
+    spread = Spread(per_step, distributed.rank(), distributed.world_size(), run.seed)
+    return make_batching(run.data, spread, made.tasks, lengths, shapes)
+
+
 def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Loader:
     """The training samples of this rank."""
     inputs = run.family.inputs
@@ -206,7 +244,7 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         inputs,
         plan(run, setting.answers, model),
         make_order(setting.sources, run.data, run.seed),
-        Even(run.data.batch, micro_batch, distributed.rank(), distributed.world_size()),
+        _batching(run, setting, model, setting.ds["gradient_accumulation_steps"]),
         _workers(run.data.workers),
     )
     if setting.begin is not None:

@@ -183,6 +183,13 @@ class PretrainModel(nn.Module):
         """Whether some objective of the task looks at the step's whole batch."""
         return any(objective.whole for _, objective in self.asked(task))
 
+    def even(self, task: str | None = None) -> str | None:
+        """What (of one task) needs as many samples in every micro-batch: an objective, or None."""
+        for name, objective in self.asked(task):
+            if not objective.uneven or "codes" in self.family.offers:  # a family with codes draws what is hidden
+                return name
+        return None
+
     def forward(self, batch: Batch, at: Moment, phase: Phase | None = None) -> Pass:
         """Losses and new keys of one micro-batch for the batch's task."""
         if phase is not None:

@@ -26,6 +26,7 @@ def show(request: Request) -> int:
     setting = build.setup(request)
     run = request.run
     model = build.build_model(run).to(setting.device)  # where ranks can send what `scope: global` asks for
+    setting = build.within_budget(run, setting, model)
     batches = build.probes(run, setting, model, PROBE)
     world, micro_batch = distributed.world_size(), setting.ds["train_micro_batch_size_per_gpu"]
     memory = memory_plan(model, setting.ds, world, run.optim)

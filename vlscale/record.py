@@ -87,7 +87,7 @@ class Record:
         values["grad_norm"] = report.grad_norm
         if report.loss_scale is not None:
             values["loss_scale"] = report.loss_scale
-        flops = step_flops(self._model, batches[0]).model * len(batches)
+        flops = sum(step_flops(self._model, batch).model for batch in batches)
         values |= self._clock.read(samples_per_step=run.data.batch, ranks=ranks, flops=flops, peak=self._peak)
         values["skipped_steps"] = self._skipped
         values["bad_samples"] = self._bad_samples(step)

@@ -27,7 +27,7 @@ class StepClock:
         self._waited = 0.0
         self._steps = 0
         self._tokens: int | Tensor = 0  # stays on the device until it is read
-        self._of_step: int | Tensor = 0  # tokens of the last step, and the places for them
+        self._filled: int | Tensor = 0  # words and regions of the last step, and the places for them
         self._places = 0
         self._lost: list[int] = []  # words of each text of the last step for which there was no room
 
@@ -47,10 +47,10 @@ class StepClock:
         """Note one optimizer step and the micro-batches that this rank gave to it."""
         self._seconds += self._lap()
         self._steps += 1
-        masks = [text.mask for batch in batches for text in batch.text.values()]
+        masks = [mask for batch in batches for mask in batch.masks()]
         self._places = sum(mask.numel() for mask in masks)
-        self._of_step = torch.stack([mask.sum() for mask in masks]).sum() if masks else 0
-        self._tokens = self._tokens + self._of_step
+        self._filled = _filled(masks)
+        self._tokens = self._tokens + _filled([text.mask for batch in batches for text in batch.text.values()])
         self._lost = [lost for batch in batches for lost in batch.lost_words]
 
     def skip(self) -> None:
@@ -64,9 +64,9 @@ class StepClock:
         """The means since the last `read`, over all ranks; every rank calls this at the same step.
 
         `flops` is what the model needs for one step on one rank, `peak` what one device could do per second
-        (None = unknown). Text tokens are counted in every view, memory is this rank's. `padding_fraction`, the
-        share of texts that are cut (`truncated_fraction`) and the words that these lose (`truncated_words`) are the
-        last step's alone, so that they do not depend on where a run was stopped.
+        (None = unknown). Text tokens are counted in every view, memory is this rank's. `padding_fraction` (of the
+        places for words and regions), the share of texts that are cut (`truncated_fraction`) and the words that these
+        lose (`truncated_words`) are the last step's alone, so that they do not depend on where a run was stopped.
         """
         self._synchronize()
         self._seconds += self._lap()
@@ -78,7 +78,7 @@ class StepClock:
             "data_wait_fraction": sums["waited"] / sums["seconds"],
             "samples_per_second": samples_per_step / seconds,
             "tokens_per_second": sums["tokens"] * ranks / sums["seconds"],
-            "padding_fraction": 1 - sums["of_step"] / sums["places"] if sums["places"] else 0.0,
+            "padding_fraction": 1 - sums["filled"] / sums["places"] if sums["places"] else 0.0,
             "truncated_fraction": sums["cut"] / sums["texts"] if sums["texts"] else 0.0,
             "truncated_words": int(sums["lost"]),
             "model_tflops_per_second": done / 1e12,
@@ -94,7 +94,7 @@ class StepClock:
             "waited": self._waited,
             "steps": self._steps,
             "tokens": self._tokens,
-            "of_step": self._of_step,
+            "filled": self._filled,
             "places": self._places,
             "texts": len(self._lost),
             "cut": sum(lost > 0 for lost in self._lost),
@@ -116,8 +116,13 @@ class StepClock:
 
     def _restart(self) -> None:
         self._seconds = self._waited = 0.0
-        self._steps = self._places = self._tokens = self._of_step = 0
+        self._steps = self._places = self._tokens = self._filled = 0
         self._lost = []
+
+
+def _filled(masks: Sequence[Tensor]) -> int | Tensor:
+    """How many places are: [], on their device."""
+    return torch.stack([mask.sum() for mask in masks]).sum() if masks else 0
 
 
 def memory(device: torch.device) -> dict[str, float | int | None]:

@@ -31,6 +31,7 @@ def train(request: Request) -> int:
     setting = build.setup(request)
     notes: list[str] = []
     model = build.build_model(run, notes.append)
+    setting = build.within_budget(run, setting, model)
     loader = build.build_loader(run, setting, model)
     machine = build.build_engine(run, setting, model)
     start = setting.begin.step if setting.begin else 0
@@ -136,11 +137,12 @@ def seed_step(seed: int, step: int) -> None:
 def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -> dict[str, str]:
     """What every rank must be about to do alike; texts, regions and pictures may be of other lengths and shapes."""
     first = micro_batches[0]
+    samples = {"samples": ", ".join(str(len(batch)) for batch in micro_batches)} if model.even(task) else {}
     return {
         "task": task,
         "objectives": ", ".join(name for name, _ in model.asked(task)),
         "micro-batches": str(len(micro_batches)),
-        "samples": ", ".join(str(len(batch)) for batch in micro_batches),
+        **samples,
         "text views": ", ".join(sorted(first.text)),
         "visual views": ", ".join(f"{view} {_shape(visual)}" for view, visual in sorted(first.visual.items())),
     }

@@ -77,6 +77,11 @@ class Batch:
         """The same batch with every tensor on `device` (asynchronously from pinned memory)."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def masks(self) -> list[Tensor]:
+        """Which places of the batch are filled: of the words, then of the regions or cells, of every view."""
+        words = [text.mask for text in self.text.values()]
+        return words + [visual.mask for visual in self.visual.values() if visual.mask is not None]
+
     def first(self, count: int) -> Batch:
         """The first `count` samples."""
         along = {name: getattr(self, name)[:count] for name in ("keys", "positions", "lost_words")}

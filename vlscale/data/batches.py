@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from vlscale.data.balance import cut, deal
-from vlscale.data.lengths import Shapes
+from vlscale.data.lengths import Lengths, Shapes
+from vlscale.data.options import DataConfig
 from vlscale.data.order import TaskOrder
 from vlscale.data.shuffle import Numbers
 from vlscale.errors import ConfigError
@@ -120,13 +122,34 @@ class Balanced:
         return len(dearest) * int(words.max() + seen.max())
 
 
-def fewest(balanced: Balanced, batch: int, world: int, tokens: int, steps: int = LOOKED_AT) -> int:
+def make_batching(
+    data: DataConfig,
+    spread: Spread,
+    tasks: TaskOrder,
+    lengths: Callable[[], Lengths],
+    shapes: Callable[[Lengths], Shapes],
+) -> Batching:
+    """The batching that `data.*` asks for; `lengths` and `shapes` of the training samples are made where it needs them.
+
+    ConfigError if a step does not divide into micro-batches, or `data.tokens` is too small.
+    """
+    if data.batching == "count":
+        return Even(data.batch, data.batch // spread.of_all, spread.rank, spread.world)
+    measured = lengths()
+    if data.batching == "cost":
+        return Balanced(shapes(measured), tasks, spread, batch=data.batch, pool=data.pool, runs=data.shapes)
+    assert data.tokens is not None, "DataConfig asks for it"
+    return TokenBuckets(shapes(measured), spread, data.tokens, measured.longest() - SPECIAL)
+
+
+def fewest(balanced: Batching, batch: int, world: int, tokens: int, steps: int = LOOKED_AT) -> int:
     """The fewest micro-batches per rank none of which has more than `tokens` padded tokens in the first `steps` steps.
 
     The number divides batch / world, as DeepSpeed wants it. Later steps are as long but for chance (`balance.deal`):
     one that is a little dearer is trained as it is. ConfigError if even single samples are too long.
     """
     share = batch // world
+    assert isinstance(balanced, Balanced), "the others are told how many there are"
     longest = max(balanced.longest(step) for step in range(1, steps + 1))
     if longest > tokens:
         raise ConfigError(f"data.tokens={tokens} is less than one sample takes; write at least data.tokens={longest}")
@@ -137,7 +160,7 @@ def fewest(balanced: Balanced, batch: int, world: int, tokens: int, steps: int =
 
 
 class TokenBuckets:
-    """UNITER's own: `data.batching=uniter`.
+    """UNITER's own: `data.batching=token_buckets`.
 
     Of the stream, `BUCKET` samples at a time are sorted by length and cut into batches within a budget of tokens; what
     is left of a bucket is dropped. A bucket's batches are shuffled (the authors shuffle those of an epoch) and go to
@@ -148,7 +171,7 @@ class TokenBuckets:
     """
 
     def __init__(self, shapes: Shapes, spread: Spread, tokens: int, longest: int) -> None:
-        """At most `tokens` in a micro-batch, [CLS] and [SEP] not counted; `longest` is the longest sample's length.
+        """At most `tokens` in a micro-batch; `longest` is the longest sample's length. Neither counts [CLS] and [SEP].
 
         ConfigError if `MULTIPLE` samples of that length exceed it.
         """

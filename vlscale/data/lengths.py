@@ -83,6 +83,11 @@ class Lengths:
     def __reduce__(self) -> tuple[type[Lengths], tuple[Path]]:
         return Lengths, (self._folder,)
 
+    def longest(self) -> int:
+        """Words and regions of the longest sample, special tokens and all its tags counted."""
+        words = np.maximum.reduceat(self.texts, self.first[:-1]).astype(np.int64)
+        return int((words + self.tags + self.seen).max())
+
     def of_text(self, samples: Numbers, draws: ManyDraws, questions: bool) -> Numbers:
         """Tokens of the text that each of the samples [N] uses, drawn as `data.assemble` draws it."""
         first = self.first[samples]

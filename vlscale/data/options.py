@@ -27,6 +27,12 @@ class DataConfig:
     window: int = 20_000  # samples that are shuffled at a time, if windowed
     batch: int = 64  # samples per optimizer step over all ranks
     micro_batch: int | None = None  # samples per rank and forward pass; None = batch / ranks, no accumulation
+    # micro-batches of as many samples each; of the same cost, padding counted; or as UNITER's sampler fills them
+    batching: Literal["count", "cost", "token_buckets"] = "count"
+    # most words and regions of a micro-batch, padding counted: token_buckets needs it, cost takes it or micro_batch
+    tokens: int | None = None
+    pool: int = 64  # steps that samples are dealt to by length, if batching=cost; 1 = every step keeps its own
+    shapes: int = 16  # runs of samples alike in shape that each of those steps is made of
     workers: int | None = None  # loader processes per rank; None = by machine
     cache: str | None = None  # folder of shards fetched from stores or unpacked; None = in the user's cache
     cache_gigabytes: float = 32.0  # 10^9 bytes that it may hold; 0 = none: single samples are read by ranges
@@ -37,11 +43,25 @@ class DataConfig:
     bad_always: int = 100  # so many may be, whatever their share
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "pool", "shapes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name} should be at least 1 (got {value})")
         for name in ("cache_gigabytes", "store_patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"data.{name} should be at least 0 (got {getattr(self, name):g})")
         if self.store_timeout <= 0:
             raise ConfigError(f"data.store_timeout should be above 0 seconds (got {self.store_timeout:g})")
+        if self.tokens is not None and self.batching == "count":
+            raise ConfigError("data.tokens needs batches of unequal numbers; write data.batching=cost, or leave it out")
+        if self.tokens is None and self.batching == "token_buckets":
+            raise ConfigError("data.batching=token_buckets fills a budget; write data.tokens=10240, as UNITER-base has")
+        if self.tokens is not None and self.micro_batch is not None and self.batching == "cost":
+            raise ConfigError("data.tokens and data.micro_batch both say how large a micro-batch is; leave out one")
+        if self.mix == "step" and (self.batching == "token_buckets" or (self.batching == "cost" and self.pool > 1)):
+            raise ConfigError(
+                "data.mix=step keeps a step to one source, and this batching mixes steps; write data.mix=sample, or "
+                "data.batching=cost and data.pool=1"
+            )
 
     def stores(self) -> StoreOptions:
         """How remote and compressed shards are read."""

@@ -30,6 +30,7 @@ class Answer(Objective):
     """The answer of those pairs whose text is a question about this picture, from the pair as one vector."""
 
     needs = frozenset({"text", "visual", "fuse"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

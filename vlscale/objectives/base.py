@@ -101,6 +101,9 @@ class Objective(nn.Module):
     # of: text.clean, text.masked, visual.clean, ...; and pairs.mismatch, pairs.swap_tags, pairs.answers: what a batch
     # holds of mismatched pairs, foreign tags and answered questions
     views: frozenset[str] = frozenset()
+    # whether micro-batches may differ in their number of samples (`data.batching`): not where samples are compared with
+    # one another or drawn for by their number; `count` then tells what each micro-batch weighs
+    uneven: bool = False
     fields: frozenset[str] = frozenset()  # of `Visual`, what a detector must have said: classes, class_probs, ...
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:

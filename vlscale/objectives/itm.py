@@ -45,6 +45,7 @@ class Itm(Objective):
         self.config = config
         self.weight = config.weight
         self.hard = config.negatives == "hard"
+        self.uneven = not self.hard
         if self.hard:
             self.needs = frozenset({"text", "visual", "fuse", "embed"})
         self.momentum = self.hard and config.keys == "momentum"
@@ -125,6 +126,10 @@ class Itm(Objective):
             return _inverse(t2i, enc.uniforms(PICTURES)), _inverse(i2t, enc.uniforms(TEXTS))
         pictures = torch.multinomial(t2i, 1)[:, 0]
         return pictures, torch.multinomial(i2t, 1)[:, 0]
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """[] int64 pairs; None with hard negatives, drawn from as many samples in each micro-batch."""
+        return None if self.hard else torch.tensor(len(batch), device=batch.pair_id.device)
 
     def passes(self) -> dict[str, float]:
         """The shared ones, and two fusion passes for the 2 B mismatched rows."""

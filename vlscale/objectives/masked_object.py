@@ -45,6 +45,7 @@ class MaskedObject(Objective):
     """
 
     needs = frozenset({"text", "visual", "fuse", "regions"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

@@ -35,6 +35,7 @@ class Mlm(Objective):
     """Restore hidden words from the other words and the picture."""
 
     needs = frozenset({"text", "visual", "fuse"})
+    uneven = True
     head: WordHead | TiedHead
     head_twin: WordHead | TiedHead | None
 

@@ -30,6 +30,7 @@ class Mrc(Objective):
     """The class that the detector gave a hidden region; the background is a class of the head and never a label."""
 
     needs = frozenset({"text", "visual", "fuse", "regions"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class MrcKl(Objective):
 
     fields = frozenset({"class_probs"})
     needs = frozenset({"text", "visual", "fuse", "regions"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ class Mrfr(Objective):
 
     fields = frozenset({"targets"})
     needs = frozenset({"text", "visual", "fuse", "regions"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ class Seq2Seq(Objective):
         _check(config)
         self.config = config
         self.weight = config.weight
+        self.uneven = config.bidirectional in (0, 1) and not config.drop_worst
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         self.head = WordHead(family.dims.fused, family.dims.vocab, family.dims.norm_eps)
 

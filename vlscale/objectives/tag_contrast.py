@@ -34,6 +34,7 @@ class TagContrast(Objective):
     """
 
     needs = frozenset({"text", "visual", "fuse"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
@@ -64,6 +65,10 @@ class TagContrast(Objective):
         if batch.tags_swapped is None:
             return torch.zeros_like(batch.pair_id)
         return batch.tags_swapped.long().clamp(max=self.config.classes - 1)
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """[] int64 pairs."""
+        return torch.tensor(len(batch), device=batch.pair_id.device)
 
     def passes(self) -> dict[str, float]:
         """Text, picture and their fusion."""

@@ -44,6 +44,7 @@ class Wra(Objective):
     """
 
     needs = frozenset({"text", "visual", "fuse", "regions", "single_stream"})
+    uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
@@ -72,6 +73,10 @@ class Wra(Objective):
             cost = cosine_cost(fused.text.float(), fused.visual.float(), words, regions)
             plan = transport_plan(cost.detach(), words, regions, c.beta, c.iterations, c.scalings)
             return Alignment(cost, plan, (cost * plan).sum(dim=(1, 2)))
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """[] int64 pairs."""
+        return torch.tensor(len(batch), device=batch.pair_id.device)
 
     def passes(self) -> dict[str, float]:
         """Text, regions and their fusion."""
