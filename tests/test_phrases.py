@@ -22,7 +22,7 @@ def make_shards(folder: Path, *records: dict[str, object]) -> Shards:
         n: [(f"s{n:03d}.png", png(0)), (f"s{n:03d}.json", json.dumps(record).encode())]
         for n, record in enumerate(records)
     }
-    return Shards(write_samples(folder / "shards", len(records), 100, made), folder / "cache")
+    return Shards(write_samples(folder / "shards", len(records), len(records), made), folder / "cache")
 
 
 @pytest.mark.parametrize(("max_words", "lost"), [(0, 30), (25, 30), (10, 30), (7, 33), (AS_IT_IS, 30)])
