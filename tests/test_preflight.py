@@ -65,6 +65,17 @@ def test_an_empty_shard(tmp_path: Path) -> None:
         run(tmp_path, Shards(empty, tmp_path / "cache"))
 
 
+def test_an_empty_member_is_named_without_reading(tmp_path: Path) -> None:
+    special = {7: sample(7, picture=b""), 9: [*sample(9)[:1], ("s009.txt", b"")]}
+    shards = make_shards(tmp_path, special)
+    with pytest.raises(DataError, match=r"'png' of sample 's007' of shard .*part-001.tar is empty, and 1 more member"):
+        run(tmp_path, shards)
+    beside = {7: [*sample(7), ("s007.txt", b""), ("s007.cls", b"")]}  # of these nothing is asked
+    assert run(tmp_path, make_shards(tmp_path, beside)).samples == 12
+    texts = Inputs(image_size=0, text_length=12, separator=False)
+    preflight.check_members(make_shards(tmp_path, {7: sample(7, picture=b"")}), texts)
+
+
 def test_a_foreign_vocabulary(tmp_path: Path) -> None:
     special = {i: sample(i, "ein kleiner roter Kreis") for i in range(12)}
     with pytest.raises(ConfigError, match=r"does not know 100% of the captions' words"):

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.phrases import read_sentences
-from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture, picture_field, regions
+from vlscale.data.samples import (
+    PICTURE_FIELDS,
+    REGION_FIELD,
+    TEXT_FIELDS,
+    BrokenSampleError,
+    picture,
+    picture_field,
+    regions,
+)
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.errors import ConfigError, DataError
@@ -50,12 +58,13 @@ def check(
 ) -> Report:
     """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
 
-    Samples must number at least `batch`, pictures decode, captions hold words that the vocabulary knows.
-    DataError or ConfigError names the first thing that is wrong.
+    No shard and no member may be empty, samples must number at least `batch`, pictures decode, captions hold
+    words that the vocabulary knows. DataError or ConfigError names the first thing that is wrong.
     """
     began = time.monotonic()
     check_disk(out, (keep + 1) * checkpoint_bytes)
     check_count(shards, batch)
+    check_members(shards, inputs)
     looked_at = _looked_at(shards, seed)
     if inputs.image_size:
         check_pictures(shards, looked_at)
@@ -74,6 +83,23 @@ def check_count(shards: Shards, batch: int) -> None:
         raise DataError(
             f"data.train holds {len(shards)} samples but a step takes {batch}; "
             f"name more shards or write data.batch={len(shards)} or less"
+        )
+
+
+def check_members(shards: Shards, inputs: Inputs) -> None:
+    """DataError for an empty member of a field that the family reads; by the index, so that nothing is read."""
+    visual = (*(PICTURE_FIELDS if inputs.image_size else ()), *((REGION_FIELD,) if inputs.regions else ()))
+    empty = [
+        (i, field)
+        for i, field in shards.empty_members({*visual, *TEXT_FIELDS})
+        if field != "txt" or "json" not in shards.fields(i)  # with a json, a txt is seldom asked
+    ]
+    if empty:
+        i, field = empty[0]
+        others = f", and {len(empty) - 1} more members are" if len(empty) > 1 else ""
+        raise DataError(
+            f"'{field}' of sample '{shards.key(i)}' of shard {shards.shard(i)} is empty{others}; "
+            "make the shards again without such samples"
         )
 
 

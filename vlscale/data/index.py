@@ -23,6 +23,7 @@ from vlscale.data import tar
 
 VERSION = 2
 MAGIC = b"VLSINDEX"
+MAX_FIELDS = 10_000  # of a shard; every read of a sample looks at all its members
 Stamp = tuple[int, int]  # size in bytes, and time of change or a hash of the store's own mark: tells a stale index
 _META = re.compile(r"\.|__.*__(\.|$)")  # starts of names that belong to no sample: hidden, WebDataset's own
 _META_FOLDER = re.compile(r"__[^/]*__/")
@@ -89,7 +90,7 @@ def scan(read: Callable[[int, int], bytes], length: int, stamp: Stamp, packed: b
 
     Raises:
         tar.TarError: the tar is damaged.
-        ValueError: the members of a sample are scattered or doubled.
+        ValueError: the members of a sample are scattered, doubled or beyond number.
     """
     keys, ends = bytearray(), array("q", [0])
     first, offsets, sizes, fields = array("q"), array("q"), array("q"), array("i")
@@ -107,6 +108,11 @@ def scan(read: Callable[[int, int], bytes], length: int, stamp: Stamp, packed: b
             last, within = key, set()
         if field in within:
             raise ValueError(f"sample '{tar.printable(key)}' has two fields '{field}'; keep one")
+        if len(names) > MAX_FIELDS:
+            raise ValueError(
+                f"it has more than {MAX_FIELDS} fields, such as '{field}' of '{tar.printable(key)}'; a key ends at the "
+                "first dot of a name: write none into keys"
+            )
         within.add(field)
         fields.append(names.setdefault(field, len(names)))
         offsets.append(member.offset)
