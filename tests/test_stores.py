@@ -147,6 +147,19 @@ def test_a_shard_that_changed_ends_at_once(store: Store, local: Shards, options:
     assert Shards(f"{store.url}/s/part-000.tar", options=options).key(0) == "another"  # its index is made anew
 
 
+def test_samples_in_a_row_are_read_ahead(store: Store, tmp_path: Path) -> None:
+    local = Shards(write_samples(tmp_path / "many", 100, 100, {}))
+    shards = Shards(f"{store.url}/many/part-000.tar", options=RANGED)
+    store.asked.clear()
+    assert everything(shards) == everything(local)
+    assert len(store.asked) < 12
+    store.asked.clear()
+    for i in range(0, 100, 7):
+        assert shards.read(99 - i, ("json",)) == local.read(99 - i, ("json",))
+    spans = [asked.split("bytes=")[1].split("-") for asked in store.asked]
+    assert sum(int(last) - int(first) for first, last in spans) < 15 * 4096  # backwards: only what is asked for
+
+
 def test_a_server_without_ranges(tmp_path: Path, local: Shards) -> None:
     with serving(files(tmp_path, ranges=False)) as store:
         for options in (RANGED, CACHED):

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from vlscale.data.cache import Cache, Entry, Room
 from vlscale.data.stores import PIECE, PIPE, Stat, StoreOptions, Stores, scheme, shown
@@ -20,11 +20,13 @@ from vlscale.errors import DataError
 
 MAX_OPEN_FILES = 128  # local shards kept open per thread; far below the usual limit of 1,024 descriptors
 GAP = 2**16  # bytes between two members below which one request for both is cheaper than two
+SMALL = 2**19  # bytes of a sample up to which all of it is fetched at once: who asks for one member asks for others
 LOCAL_WINDOW, REMOTE_WINDOW = 2**16, 4 * 2**20  # bytes read at a time when headers are scanned
 MOST_UNPACKED = (2**26, 200)  # a packed shard may hold so many bytes, or so many times its own size
 GZIP = b"\x1f\x8b"
 OTHER_PACKINGS = (b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd")  # bzip2, xz, zstd
 Span = tuple[int, int]  # (offset, size) in bytes
+T = TypeVar("T")
 Read = Callable[[int, int], bytes]  # (offset, size) -> bytes
 
 
@@ -88,11 +90,14 @@ class Access:
             return True
         return b"".join(self.read(origin, False, [(0, min(2, origin.stat.size))])) == GZIP
 
-    def read(self, origin: Origin, packed: bool, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each span of the tar. DataError if they cannot be had, or the shard has changed."""
+    def read(self, origin: Origin, packed: bool, spans: Sequence[Span], around: Span = (0, 0)) -> list[bytes]:
+        """The bytes of each span of the tar. DataError if they cannot be had, or the shard has changed.
+
+        `around` is the sample that they lie in.
+        """
         with self._opened(origin, packed) as descriptor:
             if descriptor is None:
-                return self._ranged(origin, spans)
+                return self._ranged(origin, spans, around)
             data = [os.pread(descriptor, size, offset) for offset, size in spans]
         if any(len(part) < size for part, (_, size) in zip(data, spans, strict=True)):
             raise DataError(f"shard {shown(origin.url)} became shorter after it was indexed; copy it again")
@@ -130,10 +135,7 @@ class Access:
 
     def _file(self, origin: Origin) -> int:
         """One of the most recently used descriptors of this thread."""
-        files = getattr(self._local, "files", None)
-        if files is None:
-            files = self._local.files = _OpenFiles()
-        return cast(_OpenFiles, files)(origin)
+        return self._own(_OpenFiles)(origin)
 
     def _cached(self, origin: Origin, packed: bool) -> int | None:
         """A descriptor of a shard in the cache, which is put there first if need be."""
@@ -186,14 +188,43 @@ class Access:
             raise DataError(f"shard {shown(origin.url)} cannot be unpacked ({error}); copy or make it again") from error
         return True
 
-    def _ranged(self, origin: Origin, spans: Sequence[Span]) -> list[bytes]:
+    def _ranged(self, origin: Origin, spans: Sequence[Span], around: Span) -> list[bytes]:
         """By requests to the store, one for spans that lie close together."""
+        ahead = self._own(_Ahead)
         held: dict[Span, bytes] = {}
+        if 0 < around[1] <= SMALL:
+            ahead.read(self.stores, origin, around[0], sum(around))
         for run in _runs(sorted(set(spans))):
             start, stop = run[0][0], run[-1][0] + run[-1][1]
-            data = self.stores.read(origin.url, start, stop, origin.stat)
+            data = ahead.read(self.stores, origin, start, stop)
             held.update({(offset, size): data[offset - start : offset - start + size] for offset, size in run})
         return [held[span] for span in spans]
+
+    def _own(self, kind: type[T]) -> T:
+        """This thread's own object of a kind."""
+        objects: dict[type, object] = self._local.__dict__.setdefault("objects", {})
+        if kind not in objects:
+            objects[kind] = kind()
+        return cast(T, objects[kind])
+
+
+class _Ahead:
+    """Reads of one thread from stores; in rising order within a shard, they read ever further ahead."""
+
+    def __init__(self) -> None:
+        self._origin: Origin | None = None
+        self._start, self._held = 0, b""
+
+    def read(self, stores: Stores, origin: Origin, start: int, stop: int) -> bytes:
+        """The bytes [start, stop)."""
+        end = self._start + len(self._held)
+        if origin != self._origin or not self._start <= start <= stop <= end:
+            follows = origin == self._origin and self._start < start <= end + REMOTE_WINDOW
+            most = min(max(stop - start, 2 * len(self._held)), max(stop - start, REMOTE_WINDOW)) if follows else 0
+            until = min(max(stop, start + most), origin.stat.size)
+            self._held = stores.read(origin.url, start, until, origin.stat)
+            self._origin, self._start = origin, start
+        return self._held[start - self._start : stop - self._start]
 
 
 def _runs(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -144,6 +144,18 @@ def _advice(start: bytes) -> str:
     return "copy or make it again"
 
 
+class _Members(NamedTuple):
+    """The members of one sample, which lie in a row."""
+
+    shard: int
+    spans: dict[str, Span]  # by field
+
+    def around(self) -> Span:
+        """All of them in one."""
+        first, last = min(self.spans.values()), max(self.spans.values())
+        return first[0], sum(last) - first[0]
+
+
 class Shards:
     """The samples of a list of shards, numbered 0 .. len-1 in the order of the list and of the tars.
 
@@ -256,15 +268,7 @@ class Shards:
 
     def sizes(self, i: int) -> dict[str, int]:
         """The size of each member of sample `i` in bytes, without reading any."""
-        return {field: size for field, (_, size) in self._spans(i)[1].items()}
-
-    def member_sizes(self, i: int) -> dict[str, int]:
-        """The bytes of each member of sample `i` by the index, {field: bytes}; nothing is read."""
-        shard, row = self._locate(i)
-        index = self.index(shard)
-        members = slice(index.first[row], index.first[row + 1])
-        names = (index.fields[field] for field in index.field[members])
-        return dict(zip(names, index.size[members].tolist(), strict=True))
+        return {field: size for field, (_, size) in self._members(i).spans.items()}
 
     def empty_members(self, fields: Collection[str]) -> list[tuple[int, str]]:
         """(sample, field) of every member of these fields that has no bytes, in the order of the samples."""
@@ -283,29 +287,30 @@ class Shards:
 
         DataError if the shard can no longer be read where its index says.
         """
-        shard, spans = self._spans(i)
-        return self._read(shard, {field: span for field, span in spans.items() if only is None or field in only})
+        found = self._members(i)
+        return self._read(found, {name: span for name, span in found.spans.items() if only is None or name in only})
 
     def head(self, i: int, field: str, size: int) -> bytes:
         """The first `size` bytes of a member of sample `i`, or all if it has fewer. Raises as `read`, and KeyError."""
-        shard, spans = self._spans(i)
-        offset, whole = spans[field]
-        return self._read(shard, {field: (offset, min(size, whole))})[field]
+        found = self._members(i)
+        offset, whole = found.spans[field]
+        return self._read(found, {field: (offset, min(size, whole))})[field]
 
-    def _spans(self, i: int) -> tuple[int, dict[str, Span]]:
-        """(shard, where each field lies in it) of sample `i`."""
+    def _members(self, i: int) -> _Members:
         shard, row = self._locate(i)
         index = self.index(shard)
-        members = range(index.first[row], index.first[row + 1])
-        return shard, {
-            index.fields[index.field[member]]: (int(index.offset[member]), int(index.size[member]))
-            for member in members
-        }
+        rows = slice(index.first[row], index.first[row + 1])
+        names = (index.fields[field] for field in index.field[rows])
+        places = zip(index.offset[rows].tolist(), index.size[rows].tolist(), strict=True)
+        return _Members(shard, dict(zip(names, places, strict=True)))
 
-    def _read(self, shard: int, spans: Mapping[str, Span]) -> dict[str, bytes]:
+    def _read(self, members: _Members, spans: Mapping[str, Span]) -> dict[str, bytes]:
         if not spans:
             return {}
-        data = self._access.read(self._origins[shard], bool(self._packed[shard]), list(spans.values()))
+        shard = members.shard
+        data = self._access.read(
+            self._origins[shard], bool(self._packed[shard]), list(spans.values()), members.around()
+        )
         return dict(zip(spans, data, strict=True))
 
     def fingerprint(self) -> str:

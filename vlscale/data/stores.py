@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib import import_module
@@ -334,7 +334,7 @@ class _S3:
     def stream(self, url: str, start: int, stop: int, stat: Stat) -> Iterator[bytes]:
         condition = {"IfMatch": stat.mark} if stat.mark else {}
         answer = self._ask("get_object", url, {**_place(url), **condition, "Range": f"bytes={start}-{stop - 1}"})
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             if str(answer.get("ETag", "")) != stat.mark:
                 raise changed(url)
             yield from body.iter_chunks(PIECE)
