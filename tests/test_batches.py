@@ -161,6 +161,20 @@ def test_as_few_micro_batches_as_a_budget_allows(tmp_path: Path) -> None:
         fewest(one, 240, 2, 100)
 
 
+def test_steps_of_one_source_stay_so(tmp_path: Path) -> None:
+    words, seen = uniter_like(600)
+    shapes_of(tmp_path, words, seen)
+    sources = [Source("a", (0, 200), 1.0), Source("b", (200, 600), 3.0)]
+    order = Order(sources, 0, mix="step", batch=48)
+    shapes = Shapes(Lengths(tmp_path), order, 0, {"all": parse({}, regions=True)}, INPUTS)
+    sizes = {"batch": 48, "pool": 16, "runs": 4}
+    one = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), **sizes, firsts=[0, 200])
+    found = [order(one.positions(step)) < 200 for step in range(1, 33)]
+    assert {bool(each.all()) for each in found} == {True, False}
+    assert not any(each.any() and not each.all() for each in found)
+    assert sorted(np.concatenate([one.positions(step) for step in range(1, 33)]).tolist()) == list(range(32 * 48))
+
+
 # --- data.batching=token_buckets ----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from vlscale.data.balance import cut, deal
 from vlscale.data.lengths import Lengths, Shapes
 from vlscale.data.options import DataConfig
-from vlscale.data.order import TaskOrder
+from vlscale.data.order import Source, TaskOrder
 from vlscale.data.shuffle import Numbers
 from vlscale.errors import ConfigError
 
@@ -77,11 +77,24 @@ class Balanced:
     a step has depends on neither ranks nor micro-batches: those only cut it (`balance.cut`).
     """
 
-    def __init__(self, shapes: Shapes, tasks: TaskOrder, spread: Spread, *, batch: int, pool: int, runs: int) -> None:
-        """`batch` samples a step, in `runs` runs of samples alike in shape; `tasks` tells what a step pairs."""
+    def __init__(
+        self,
+        shapes: Shapes,
+        tasks: TaskOrder,
+        spread: Spread,
+        *,
+        batch: int,
+        pool: int,
+        runs: int,
+        firsts: Sequence[int] = (0,),
+    ) -> None:
+        """`batch` samples a step, in `runs` runs of samples alike in shape; `tasks` tells what a step pairs.
+
+        Steps are not mixed whose samples are of different parts of the data set, which begin at the samples `firsts`.
+        """
         self.per_step = spread.per_step
         self._shapes, self._tasks, self._spread = shapes, tasks, spread
-        self._batch, self._pool, self._runs = batch, pool, runs
+        self._batch, self._pool, self._runs, self._firsts = batch, pool, runs, np.array(firsts)
         self._dealt = (-1, np.empty((0, 0), dtype=np.int64))  # a pool and the positions [pool, batch] of its steps
         self._cut: tuple[int, list[Numbers]] = (-1, [])  # a step and its micro-batches
 
@@ -101,11 +114,13 @@ class Balanced:
         pool, place = divmod(step - 1, self._pool)
         if self._dealt[0] != pool:
             size = self._pool * self._batch
-            positions = np.arange(pool * size, (pool + 1) * size)
-            steps = positions.reshape(1, -1)
-            if self._pool > 1:
-                generator = np.random.default_rng([self._spread.seed, DEAL, pool])
-                steps = positions[deal(*self._shapes.own(positions), self._pool, self._runs, generator)]
+            steps = np.arange(pool * size, (pool + 1) * size).reshape(self._pool, self._batch)
+            generator = np.random.default_rng([self._spread.seed, DEAL, pool])
+            parts = np.searchsorted(self._firsts, self._shapes.samples(steps[:, 0]), side="right")
+            for part in np.unique(parts).tolist() if self._pool > 1 else []:
+                positions = steps[parts == part].ravel()
+                dealt = deal(*self._shapes.own(positions), len(positions) // self._batch, self._runs, generator)
+                steps[parts == part] = positions[dealt]
             self._dealt = (pool, steps)
         positions_of_step: Numbers = self._dealt[1][place]
         return positions_of_step
@@ -126,6 +141,7 @@ def make_batching(
     data: DataConfig,
     spread: Spread,
     tasks: TaskOrder,
+    sources: Sequence[Source],
     lengths: Callable[[], Lengths],
     shapes: Callable[[Lengths], Shapes],
 ) -> Batching:
@@ -137,7 +153,9 @@ def make_batching(
         return Even(data.batch, data.batch // spread.of_all, spread.rank, spread.world)
     measured = lengths()
     if data.batching == "cost":
-        return Balanced(shapes(measured), tasks, spread, batch=data.batch, pool=data.pool, runs=data.shapes)
+        firsts = [source.first for source in sources] if data.mix == "step" else [0]
+        sizes = {"batch": data.batch, "pool": data.pool, "runs": data.shapes}
+        return Balanced(shapes(measured), tasks, spread, **sizes, firsts=firsts)
     assert data.tokens is not None, "DataConfig asks for it"
     return TokenBuckets(shapes(measured), spread, data.tokens, measured.longest() - SPECIAL)
 

@@ -230,6 +230,10 @@ class Shapes:
         self._tags, self._longest = inputs.tags, inputs.text_length
         self._asks = any(each.answers for each in views.values())
 
+    def samples(self, positions: Numbers) -> Numbers:
+        """The numbers [N] of the samples at positions."""
+        return self._order(positions)
+
     def own(self, positions: Numbers) -> tuple[Numbers, Numbers]:
         """(words [N], seen [N]) where every sample keeps its own: what is known before the task is."""
         return self._shapes(positions, Views(), self._asks)

@@ -57,10 +57,10 @@ class DataConfig:
             raise ConfigError("data.batching=token_buckets fills a budget; write data.tokens=10240, as UNITER-base has")
         if self.tokens is not None and self.micro_batch is not None and self.batching == "cost":
             raise ConfigError("data.tokens and data.micro_batch both say how large a micro-batch is; leave out one")
-        if self.mix == "step" and (self.batching == "token_buckets" or (self.batching == "cost" and self.pool > 1)):
+        if self.mix == "step" and self.batching == "token_buckets":
             raise ConfigError(
-                "data.mix=step keeps a step to one source, and this batching mixes steps; write data.mix=sample, or "
-                "data.batching=cost and data.pool=1"
+                "data.mix=step keeps a step to one source, and token_buckets mixes steps; write data.mix=sample, or "
+                "data.batching=cost"
             )
 
     def stores(self) -> StoreOptions:
