@@ -106,8 +106,8 @@ def setup(request: Request) -> Setting:
     distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
     asks, inputs = _asks(run), run.family.inputs
     began = out if begin is None else checkpoint.run_folder(begin)
-    found = {"questions": asks, "tags": inputs.tags}
-    kept = _from_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **found))
+    read = {"questions": asks, "tags": inputs.tags}
+    kept = _from_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
     answers = _from_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run))) if asks else ""
     tokenizer = vocabulary.make_tokenizer(kept, inputs)
     vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))

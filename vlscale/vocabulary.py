@@ -49,8 +49,10 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
         return given
     options = (size, text.cased, text.kept_words, questions, tags)
     cached = cache_folder() / "vocabularies" / f"{_cache_key(train, options)}.json"
-    if cached.is_file():
+    try:
         return cached.read_text(encoding="utf-8")
+    except OSError:  # there is none, or another user's
+        pass
     texts = every_text(train, text.kept_words, questions=questions, named=tags)
     tokens = text_data.build_vocabulary(islice(texts, MOST_CAPTIONS), size, text.cased)
     built = text_data.wordpiece(tokens, text.cased)
