@@ -8,7 +8,7 @@ import pytest
 
 from tests.shard_files import WORDS, make_tokenizer, png, write_samples
 from vlscale.data import phrases
-from vlscale.data.phrases import Texts, every_text, measure_cut
+from vlscale.data.phrases import Texts, every_text, measure_cut, spread
 from vlscale.data.shards import Shards
 from vlscale.data.text import AS_IT_IS, SPECIAL_TOKENS, Tokenizer, write_vocabulary
 from vlscale.types import Inputs
@@ -44,7 +44,7 @@ def test_a_word_of_which_only_a_part_fits_is_lost(tmp_path: Path) -> None:
 
 def test_tags_are_read_whole_by_vocabulary_and_training(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, {"caption": "a red thing " * 20, "tags": [f"Green, {n}" for n in range(40)]})
-    words, tags = every_text(shards, 30, named=True)
+    words, tags = every_text(shards, [0], 30, named=True)
     assert words == "a red thing " * 9 + "a red thing"
     assert tags == " ".join(f"green {n}" for n in range(40))
     found = Texts(shards, make_tokenizer(tmp_path, Inputs(0, 100, True)), 30, None).tags(0)
@@ -72,6 +72,18 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert bound / 2 < sizes[0] < bound * 1.2
     assert abs(sizes[1]) + abs(sizes[2]) < bound / 20
     assert [phrase.ids.tolist() for phrase in texts(0)] == first == [phrase.ids.tolist() for phrase in texts(count - 1)]
+
+
+def test_samples_are_spread_over_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards(
+        write_samples(tmp_path / "shards", 38, 4, {}), tmp_path / "cache"
+    )  # ten, of four and the last of two
+    assert list(spread(shards, 38)) == list(range(38))
+    monkeypatch.setattr(phrases, "SHARDS", 4)
+    assert list(spread(shards, 9)) == [0, 1, 12, 13, 24, 25, 36, 37]
+    monkeypatch.setattr(phrases, "SHARDS", 100)
+    assert list(spread(shards, 20)) == [n + k for n in range(0, 40, 4) for k in range(2)]
+    assert list(spread(shards, 5)) == [0, 8, 16, 24, 36]
 
 
 def test_how_much_is_cut(tmp_path: Path) -> None:

@@ -98,6 +98,6 @@ def test_of_a_large_data_set_some_texts_are_read(tmp_path: Path, monkeypatch: py
 def test_real_shards(tmp_path: Path) -> None:
     names = ("openstax_figures", "noto_emoji")
     shards = Shards([str(shared() / "open" / name / f"{name}-val-*.tar") for name in names], tmp_path / "cache")
-    write_vocabulary(build_vocabulary(every_text(shards, 0), 3000), tmp_path / "vocab.txt")
+    write_vocabulary(build_vocabulary(every_text(shards, range(len(shards)), 0), 3000), tmp_path / "vocab.txt")
     tokenizer = Tokenizer(tmp_path, Inputs(image_size=64, text_length=25, separator=False))
     assert run(tmp_path, shards, tokenizer).samples == 356

@@ -215,7 +215,7 @@ def one(folder: Path, *members: tuple[str, bytes]) -> Shards:
 )
 def test_captions(tmp_path: Path, members: list[tuple[str, bytes]], expected: list[str]) -> None:
     shards = one(tmp_path, *members)
-    assert [each.text for each in sentences(shards, 0)] == list(every_text(shards, AS_IT_IS)) == expected
+    assert [each.text for each in sentences(shards, 0)] == list(every_text(shards, [0], AS_IT_IS)) == expected
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, members: list[tuple[str, b
     shards = one(tmp_path, *members)
     with pytest.raises(BrokenSampleError, match=rf"sample 'a' of shard .*one.tar: .*{says}"):
         sentences(shards, 0)
-    assert list(every_text(shards, AS_IT_IS)) == []
+    assert list(every_text(shards, [0], AS_IT_IS)) == []
 
 
 def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:

@@ -6,16 +6,13 @@ import hashlib
 import json
 import os
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-
-import numpy as np
 
 from vlscale.config import TextConfig
 from vlscale.data import answers as answer_data
 from vlscale.data import text as text_data
-from vlscale.data.phrases import FEW, every_text, measure_cut
+from vlscale.data.phrases import FEW, every_text, measure_cut, spread
 from vlscale.data.samples import every_answer
 from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.text import Tokenizer
@@ -25,7 +22,7 @@ from vlscale.types import Inputs
 
 TOKENIZER = "tokenizer.json"  # these two lie in the run folder
 ANSWERS = "answers.txt"
-MOST_CAPTIONS = 100_000  # enough for a small vocabulary
+MOST_SAMPLES = 50_000  # whose texts are enough for a small vocabulary
 LOOKED_AT = 500  # samples whose texts tell how many are too long
 _VERSION = 1  # of how a vocabulary is built
 
@@ -53,8 +50,8 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
         return cached.read_text(encoding="utf-8")
     except OSError:  # there is none, or another user's
         pass
-    texts = every_text(train, text.kept_words, questions=questions, named=tags)
-    tokens = text_data.build_vocabulary(islice(texts, MOST_CAPTIONS), size, text.cased)
+    texts = every_text(train, spread(train, MOST_SAMPLES), text.kept_words, questions=questions, named=tags)
+    tokens = text_data.build_vocabulary(texts, size, text.cased)
     built = text_data.wordpiece(tokens, text.cased)
     _keep(cached, built)
     return built
@@ -63,7 +60,7 @@ def find_tokenizer(text: TextConfig, began: Path, train: Shards, size: int, *, q
 def _cache_key(shards: Shards, options: tuple[object, ...]) -> str:
     """Tells the shards and their state, what is made of them, and what makes it."""
     libraries = [metadata.version(name) for name in ("tokenizers", "transformers")]
-    told = [_VERSION, MOST_CAPTIONS, libraries, shards.fingerprint(), shards.stamps(), options]
+    told = [_VERSION, MOST_SAMPLES, libraries, shards.fingerprint(), shards.stamps(), options]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
@@ -135,8 +132,7 @@ def check_tokenizer(tokenizer: Tokenizer, size: int, views: Views) -> None:
 
 def warn_of_cut(tokenizer: Tokenizer, train: Shards, text: TextConfig, *, questions: bool) -> list[str]:
     """A sentence if more than `FEW` of the texts are too long for the clean-up or the family, else nothing."""
-    looked_at = np.unique(np.linspace(0, len(train) - 1, LOOKED_AT).astype(int)).tolist()
-    cut = measure_cut(train, looked_at, tokenizer, text.kept_words, questions)
+    cut = measure_cut(train, spread(train, LOOKED_AT), tokenizer, text.kept_words, questions)
     if cut.fraction <= FEW:
         return []
     now, then = [], []

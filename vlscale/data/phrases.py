@@ -14,6 +14,7 @@ from vlscale.data.text import Ids, Tokenizer, clean_text, first_words
 from vlscale.types import IGNORE
 
 MAX_KEPT = 16 << 20  # bytes of token ids that a process keeps: some 30,000 captions
+SHARDS = 32  # at least so many are looked into
 FEW = 0.05  # share of the texts that may be cut without a word about it
 BESIDE_IDS = 350  # bytes that a text takes beside its ids: array, tuple, list and dictionary entry
 
@@ -47,11 +48,29 @@ def read_tags(shards: Shards, i: int, max_words: int) -> str:
     return clean_text(tags(shards, i), max_words)
 
 
-def every_text(shards: Shards, max_words: int, *, questions: bool = False, named: bool = False) -> Iterator[str]:
-    """All texts of a data set as the tokenizer gets them, such as a vocabulary is built from: captions, and questions
-    and tags (`named`) if they are asked for. Samples that cannot be used are passed over.
+def spread(shards: Shards, most: int) -> Iterator[int]:
+    """All samples, or at most `most` of them: runs of as many from each of some shards, which are spread over all.
+
+    A source that comes last is seen as one that comes first, and of shards in a store few are asked for.
     """
-    for i in range(len(shards)):
+    if len(shards) <= most:
+        yield from range(len(shards))
+        return
+    count = len(shards.paths)
+    asked = min(most, max(SHARDS, -(-count * most // len(shards))))
+    chosen = np.unique(np.linspace(0, count - 1, asked).astype(int)).tolist()
+    for shard in chosen:
+        start = shards.start(shard)
+        yield from range(start, min(start + most // len(chosen), shards.start(shard + 1)))
+
+
+def every_text(
+    shards: Shards, numbers: Iterable[int], max_words: int, *, questions: bool = False, named: bool = False
+) -> Iterator[str]:
+    """The texts of these samples as the tokenizer gets them, such as a vocabulary is built from: captions, and
+    questions and tags (`named`) if they are asked for. Samples that cannot be used are passed over.
+    """
+    for i in numbers:
         try:
             yield from [words.text for words in read_sentences(shards, i, max_words, questions)]
             if named:
