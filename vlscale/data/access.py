@@ -18,7 +18,7 @@ from vlscale.data.cache import Cache, Entry, Room
 from vlscale.data.stores import PIECE, PIPE, Stat, StoreOptions, Stores, scheme, shown
 from vlscale.errors import DataError
 
-MAX_OPEN_FILES = 128  # local shards kept open per thread; far below the usual limit of 1,024 descriptors
+MAX_OPEN_FILES = 128  # local shards kept open per thread; with `MAX_MAPPED` far below the usual 1,024 descriptors
 GAP = 2**16  # bytes between two members below which one request for both is cheaper than two
 SMALL = 2**19  # bytes of a sample up to which all of it is fetched at once: who asks for one member asks for others
 LOCAL_WINDOW, REMOTE_WINDOW = 2**16, 4 * 2**20  # bytes read at a time when headers are scanned
@@ -35,18 +35,19 @@ class Origin(NamedTuple):
 
     url: str  # or path, or `pipe:` and a command
     stat: Stat
+    place: str  # 32 hex digits that tell where it lies
+
+    @staticmethod
+    def of(url: str, stat: Stat) -> Origin:
+        """A URL without its query: a signature in it may change."""
+        remote = url.startswith(PIPE) or scheme(url)
+        where = url if url.startswith(PIPE) else shown(url) if remote else os.path.realpath(url)
+        return Origin(url, stat, hashlib.sha256(where.encode()).hexdigest()[:32])
 
     @property
     def stamp(self) -> tuple[int, int]:
         """What tells another state of the shard."""
         return self.stat.size, int.from_bytes(hashlib.sha256(self.stat.mark.encode()).digest()[:7], "big")
-
-    @property
-    def place(self) -> str:
-        """32 hex digits that tell where it lies; without the query of a URL, in which a signature may change."""
-        where = self.url if self.url.startswith(PIPE) else shown(self.url)
-        where = where if scheme(where) or where.startswith(PIPE) else str(Path(where).resolve())
-        return hashlib.sha256(where.encode()).hexdigest()[:32]
 
 
 class Access:
@@ -70,14 +71,14 @@ class Access:
     def find(self, url: str) -> Origin:
         """Size and state of a shard. DataError if it is not there."""
         if url.startswith(PIPE):
-            return Origin(url, Stat(0, ""))
+            return Origin.of(url, Stat(0, ""))
         if scheme(url):
-            return Origin(url, self.stores.stat(url))
+            return Origin.of(url, self.stores.stat(url))
         try:
             status = os.stat(url)
         except OSError as error:
             raise DataError(f"shard {url} cannot be opened ({error.strerror}); mend its path or rights") from error
-        return Origin(url, Stat(status.st_size, str(status.st_mtime_ns)))
+        return Origin.of(url, Stat(status.st_size, str(status.st_mtime_ns)))
 
     def choose(self, origins: Sequence[Origin]) -> None:
         """Fetch remote shards whole if the cache can hold them all; else samples are read by ranges."""
@@ -169,7 +170,7 @@ class Access:
             most = cast(Cache, self._cache).limit
         else:
             remote = bool(scheme(origin.url))
-            url, stat = origin
+            url, stat = origin.url, origin.stat
             pieces = self.stores.pieces(url, 0, stat.size, stat) if remote else _pieces(url)
             most = max(MOST_UNPACKED[0], MOST_UNPACKED[1] * stat.size)
         written = 0

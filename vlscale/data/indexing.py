@@ -36,7 +36,7 @@ def index(patterns: Patterns, processes: int = 1) -> Iterator[Indexed]:
 
 
 def _index(url: str) -> Indexed:
-    place = Origin(url, Stat(0, "")).place  # its size and state play no part in it
+    place = Origin.of(url, Stat(0, "")).place  # its size and state play no part in it
     file = cache_folder() / "index" / f"{place}.index"
     before = file.stat().st_mtime_ns if file.exists() else None
     try:

@@ -29,7 +29,7 @@ from vlscale.data.stores import GLOB, PIPE, StoreOptions, Stores, scheme, shown
 from vlscale.data.tar import TarError
 from vlscale.errors import ConfigError, DataError, did_you_mean
 
-MAX_MAPPED = 512  # indexes that a thread keeps mapped
+MAX_MAPPED = 128  # indexes that a thread keeps mapped; each holds a descriptor
 THREADS = 16  # that ask stores at once
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 Patterns = str | Path | Sequence[str | Path]
