@@ -106,7 +106,7 @@ def png_of(width: int, height: int, depth: int = 8, colour: int = 2, lines: byte
 
 def pictures(rng: Draws, slow: bool) -> Members:
     sides = (0, 1, 65_535, 100_000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
-    bomb = squeezed((1 << 27) if slow else (1 << 22))
+    bomb = squeezed((1 << 27) if slow and rng.turn < 18 else (1 << 22))
     of_jpeg, place = jpeg(9), jpeg(9).index(b"\xff\xc0") + 5
     scans = jpeg(9, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
     scan = scans.rindex(b"\xff\xda")
@@ -140,61 +140,58 @@ def pictures(rng: Draws, slow: bool) -> Members:
 # --- texts and regions -------------------------------------------------------------------------------------
 
 
-def texts(rng: Draws, slow: bool) -> Members:
-    long = 100_000_000 if slow and rng.random() < 0.05 else 5_000_000
+@lru_cache
+def odd_texts(long: int) -> tuple[tuple[str, bytes], ...]:
+    """(field, bytes) of odd ones; some have about `long` bytes."""
     deep = 100_000
-    name, data = rng.pick(
-        [
-            ("json", b"[" * deep),
-            ("json", b'{"a":' * deep + b"1" + b"}" * deep),
-            ("json", b'{"caption": "a", "tags": ' + b"[" * 900 + b"]" * 900 + b"}"),
-            ("json", b'{"caption": ' + b"[" * 900 + b"]" * 900 + b"}"),
-            ("json", b'{"caption": "a", "qa": ' + b"[" * 900 + b"]" * 900 + b"}"),
-            ("json", b'{"caption": "' + b"a" * long + b'"}'),
-            ("json", b'{"caption": "' + b"ab " * 60_000 + b'"}'),
-            ("json", b'{"caption": [' + b'"a",' * 200_000 + b'"a"]}'),
-            ("json", b'{"caption": "a", "tags": [' + b'"a",' * 200_000 + b'"a"]}'),
-            ("json", b'{"caption": "\xff\xfe"}'),
-            ("json", '{"caption": "a thing"}'.encode("utf-16")),
-            ("json", b'\xef\xbb\xbf{"caption": "a thing"}'),
-            ("json", rb'{"caption": "a \ud800 thing"}'),
-            ("json", rb'{"caption": "a thing", "tags": ["\udfff"]}'),
-            ("json", rb'{"caption": "\u0000"}'),
-            ("json", b'{"caption": "a", "width": NaN, "height": Infinity}'),
-            ("json", b'{"caption": "a", "width": 1e999, "height": -1}'),
-            ("json", b'{"caption": "a", "width": ' + b"9" * 400 + b', "height": true}'),
-            ("json", b'{"caption": "a", "width": ' + b"9" * 9_000 + b"}"),
-            ("json", b'{"caption": {"a": "b"}}'),
-            ("json", b'{"caption": null}'),
-            ("json", b'{"caption": []}'),
-            ("json", b'{"caption": "a", "tags": {"b": 1}, "objects": "x"}'),
-            ("json", b'{"caption": "a", "objects": [{"name": ["b"]}, 5, null]}'),
-            ("json", b'{"caption": "a", "qa": [{"q": 1, "a": null}], "question": []}'),
-            ("json", b'"a thing"'),
-            ("json", b"null"),
-            ("txt", b"\xff\xfe\x00"),
-            ("txt", b"a " * (long // 2)),
-            ("txt", bytes(1000)),
-            ("txt", b" \n\t "),
-            ("txt", b"?!..."),
-            ("txt", "\u202e\ufeff\u200b".encode()),
-        ]
+    return (
+        ("json", b"[" * deep),
+        ("json", b'{"a":' * deep + b"1" + b"}" * deep),
+        ("json", b'{"caption": "a", "tags": ' + b"[" * 900 + b"]" * 900 + b"}"),
+        ("json", b'{"caption": ' + b"[" * 900 + b"]" * 900 + b"}"),
+        ("json", b'{"caption": "a", "qa": ' + b"[" * 900 + b"]" * 900 + b"}"),
+        ("json", b'{"caption": "' + b"a" * long + b'"}'),
+        ("json", b'{"caption": "' + b"ab " * 60_000 + b'"}'),
+        ("json", b'{"caption": [' + b'"a",' * 200_000 + b'"a"]}'),
+        ("json", b'{"caption": "a", "tags": [' + b'"a",' * 200_000 + b'"a"]}'),
+        ("json", b'{"caption": "\xff\xfe"}'),
+        ("json", '{"caption": "a thing"}'.encode("utf-16")),
+        ("json", b'\xef\xbb\xbf{"caption": "a thing"}'),
+        ("json", rb'{"caption": "a \ud800 thing"}'),
+        ("json", rb'{"caption": "a thing", "tags": ["\udfff"]}'),
+        ("json", rb'{"caption": "\u0000"}'),
+        ("json", b'{"caption": "a", "width": NaN, "height": Infinity}'),
+        ("json", b'{"caption": "a", "width": 1e999, "height": -1}'),
+        ("json", b'{"caption": "a", "width": ' + b"9" * 400 + b', "height": true}'),
+        ("json", b'{"caption": "a", "width": ' + b"9" * 9_000 + b"}"),
+        ("json", b'{"caption": {"a": "b"}}'),
+        ("json", b'{"caption": null}'),
+        ("json", b'{"caption": []}'),
+        ("json", b'{"caption": "a", "tags": {"b": 1}, "objects": "x"}'),
+        ("json", b'{"caption": "a", "objects": [{"name": ["b"]}, 5, null]}'),
+        ("json", b'{"caption": "a", "qa": [{"q": 1, "a": null}], "question": []}'),
+        ("json", b'"a thing"'),
+        ("json", b"null"),
+        ("txt", b"\xff\xfe\x00"),
+        ("txt", b"a " * (long // 2)),
+        ("txt", bytes(1000)),
+        ("txt", b" \n\t "),
+        ("txt", b"?!..."),
+        ("txt", "\u202e\ufeff\u200b".encode()),
     )
+
+
+def texts(rng: Draws, slow: bool) -> Members:
+    field, data = rng.pick(odd_texts(100_000_000 if slow and rng.turn < 33 else 5_000_000))
     picture, _, regions = sound(9)
-    return [picture, (f"s9.{name}", data), regions]
+    return [picture, (f"s9.{field}", data), regions]
 
 
 @lru_cache
-def inflated(count: int, declared: int = -1) -> bytes:
-    """An npz whose one array has so many bytes too many."""
-    return zipped(header("(1, 3)", content=bytes(count)), declared=declared)
-
-
-def regions(rng: Draws, slow: bool) -> Members:
+def odd_regions(large: int) -> tuple[bytes, ...]:
+    """Some of them inflate to `large` bytes."""
     box = np.array([[0.0, 0.0, 4.0, 4.0]], dtype=np.float32)
     row = np.ones((1, FEATS), dtype=np.float32)
-    large = inflated((1 << 29) if slow and rng.random() < 0.1 else (1 << 23))
-    lies = inflated((1 << 27) if slow else (1 << 23), 150)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # two members of one name
         doubled = io.BytesIO()
@@ -204,41 +201,43 @@ def regions(rng: Draws, slow: bool) -> Members:
     whole = npz(features=row, boxes=box)
     encrypted = bytearray(whole)
     encrypted[encrypted.index(b"PK\1\2") + 8] |= 1
-    data = rng.pick(
-        [
-            npz(features=np.array([[{"a": 1}]]), boxes=box),
-            npz(features=row, boxes=box, info=np.array([{"a": 1}])),  # never looked at
-            npz(features=row, boxes=box, classes=np.array([None])),
-            npz(features=np.full((1, FEATS), np.nan), boxes=box),
-            npz(features=row, boxes=np.full((1, 4), np.inf)),
-            npz(features=row, boxes=-100 * box),
-            npz(features=row.astype(np.complex64), boxes=box),
-            npz(features=row.astype("U3"), boxes=box),
-            npz(features=row, boxes=box, width=-5, height=9),
-            npz(features=row, boxes=box, width=np.nan, height=9),
-            npz(features=row, boxes=box, width=np.ones(4), height=9),
-            npz(features=np.ones((0, FEATS)), boxes=np.ones((0, 4))),
-            npz(features=np.ones((3, 0)), boxes=np.ones((3, 4))),
-            npz(features=np.ones((1, FEATS + 1)), boxes=box),
-            npz(features=np.zeros((), dtype=[("a", "f4"), ("b", "i8")]), boxes=box),
-            npz(**{f"x{n}": row for n in range(200)}),
-            npz(**{"../../outside": row, "/outside": row, "features": row, "boxes": box}),
-            large,
-            zipped(header("(1, 3)", content=bytes(12)), declared=1 << 31),
-            lies,
-            zipped(header(f"({1 << 62}, 3)", content=bytes(12))),
-            zipped(header("(-1, 3)", content=bytes(12))),
-            zipped(header("(" * 900)),
-            zipped(header("(1, 3)", "|O", b"cos\nsystem\n(S'id'\ntR.")),
-            zipped(header("(1, 3)", "|V0")),
-            zipped(header("(1, 3)", content=bytes(12)), method=zipfile.ZIP_LZMA),
-            zipped(b"cos\nsystem\n(S'id'\ntR.", "features"),
-            doubled.getvalue(),
-            bytes(encrypted),
-            whole[:60],
-            whole[-60:],
-            b"PK\x03\x04" + rng.randbytes(500),
-            b"cos\nsystem\n(S'id'\ntR.",
-        ]
+    return (
+        npz(features=np.array([[{"a": 1}]]), boxes=box),
+        npz(features=row, boxes=box, info=np.array([{"a": 1}])),  # never looked at
+        npz(features=row, boxes=box, classes=np.array([None])),
+        npz(features=np.full((1, FEATS), np.nan), boxes=box),
+        npz(features=row, boxes=np.full((1, 4), np.inf)),
+        npz(features=row, boxes=-100 * box),
+        npz(features=row.astype(np.complex64), boxes=box),
+        npz(features=row.astype("U3"), boxes=box),
+        npz(features=row, boxes=box, width=-5, height=9),
+        npz(features=row, boxes=box, width=np.nan, height=9),
+        npz(features=row, boxes=box, width=np.ones(4), height=9),
+        npz(features=np.ones((0, FEATS)), boxes=np.ones((0, 4))),
+        npz(features=np.ones((3, 0)), boxes=np.ones((3, 4))),
+        npz(features=np.ones((1, FEATS + 1)), boxes=box),
+        npz(features=np.zeros((), dtype=[("a", "f4"), ("b", "i8")]), boxes=box),
+        npz(**{f"x{n}": row for n in range(200)}),
+        npz(**{"../../outside": row, "/outside": row, "features": row, "boxes": box}),
+        zipped(header("(1, 3)", content=bytes(large))),
+        zipped(header("(1, 3)", content=bytes(12)), declared=1 << 31),
+        zipped(header("(1, 3)", content=bytes(large)), declared=150),
+        zipped(header(f"({1 << 62}, 3)", content=bytes(12))),
+        zipped(header("(-1, 3)", content=bytes(12))),
+        zipped(header("(" * 900)),
+        zipped(header("(1, 3)", "|O", b"cos\nsystem\n(S'id'\ntR.")),
+        zipped(header("(1, 3)", "|V0")),
+        zipped(header("(1, 3)", content=bytes(12)), method=zipfile.ZIP_LZMA),
+        zipped(b"cos\nsystem\n(S'id'\ntR.", "features"),
+        doubled.getvalue(),
+        bytes(encrypted),
+        whole[:60],
+        whole[-60:],
+        b"PK\x03\x04" + bytes(range(256)),
+        b"cos\nsystem\n(S'id'\ntR.",
     )
+
+
+def regions(rng: Draws, slow: bool) -> Members:
+    data = rng.pick(odd_regions((1 << 29) if slow and rng.turn < 33 else (1 << 23)))
     return [*sound(9)[:2], ("s9.regions.npz", data)]

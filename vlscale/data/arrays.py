@@ -47,16 +47,25 @@ def read_arrays(data: bytes, names: Collection[str] = ()) -> dict[str, NDArray[A
         raise ValueError(f"it is an npz that is damaged or cut short ({error})") from error
 
 
+def read_header(content: BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether columns come first, dtype) that the start of an npy tells. ValueError if it tells none."""
+    try:
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(content)]
+        shape, fortran, dtype = read(content, max_header_size=MAX_HEADER)
+    except _ODD_HEADER as error:
+        raise ValueError("no readable header of an array") from error
+    return shape, fortran, dtype
+
+
 def _array(name: str, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     if member.compress_type not in _PLAIN:
         raise ValueError(f"'{name}' is packed in a way that numpy does not use")
     with file.open(member) as opened:
         content = BytesIO(opened.read(member.file_size))  # with a size, no more than that is inflated
     try:
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(content)]
-        shape, fortran, dtype = read_header(content, max_header_size=MAX_HEADER)
-    except _ODD_HEADER as error:
-        raise ValueError(f"'{name}' has no readable header of an array") from error
+        shape, fortran, dtype = read_header(content)
+    except ValueError as error:
+        raise ValueError(f"'{name}' has {error}") from error
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which are never loaded")
     start = content.tell()

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vlscale.data.arrays import read_arrays
+from vlscale.data.arrays import read_arrays, read_header
 from vlscale.data.augment import KeepRatio
 from vlscale.data.decode import picture_size
 from vlscale.data.detections import BY_REGION
@@ -194,11 +193,8 @@ def region_count(head: bytes) -> int | None:
         return None
     try:
         opened = BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, HEAD) if packing else content)
-        shape = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(opened)](opened)[
-            0
-        ]
-        return int(shape[0])
-    except (ValueError, KeyError, IndexError, zlib.error, SyntaxError):
+        return int(read_header(opened)[0][0])
+    except (ValueError, IndexError, zlib.error):
         return None
 
 
