@@ -10,7 +10,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -104,6 +104,23 @@ class Access:
             raise DataError(f"shard {shown(origin.url)} became shorter after it was indexed; copy it again")
         return data
 
+    def prefetch(self, origin: Origin, packed: bool) -> None:
+        """Begin to fetch a shard into the cache, if it is absent; one at a time, and what fails is left to `read`."""
+        busy = getattr(self._local, "fetching", None)
+        if not (packed or scheme(origin.url)) or not self._whole or (busy is not None and busy.is_alive()):
+            return
+        if self._cache is not None and self._cache.has(self._entry(origin, packed)):
+            return
+
+        def fetch() -> None:
+            with suppress(DataError):
+                descriptor = self._cached(origin, packed)
+                if descriptor is not None:
+                    os.close(descriptor)
+
+        self._local.fetching = threading.Thread(target=fetch, name="prefetch", daemon=True)
+        self._local.fetching.start()
+
     @contextmanager
     def scanning(self, origin: Origin, packed: bool) -> Iterator[tuple[Read, int]]:
         """(a function that reads small spans in rising order, the tar's length in bytes)."""
@@ -140,23 +157,28 @@ class Access:
 
     def _cached(self, origin: Origin, packed: bool) -> int | None:
         """A descriptor of a shard in the cache, which is put there first if need be."""
-        name = hashlib.sha256(f"{origin.place}{origin.stamp}{packed}".encode()).hexdigest()[:32]
+        entry = self._entry(origin, packed)
         if not packed:
             if self._cache is None or not self._whole:
                 return None
-            return self._cache.open(Entry(name, origin.stat.size), lambda *call: self._download(origin, *call))
+            return self._cache.open(entry, lambda *call: self._download(origin, *call))
         if self._cache is None:
             raise DataError(
                 f"shard {shown(origin.url)} is compressed and is read from the cache, which data.cache_gigabytes=0 "
                 "turns off; unpack it to a plain .tar, or leave that key out"
             )
-        descriptor = self._cache.open(Entry(name, None), lambda *call: self._unpack(origin, *call))
+        descriptor = self._cache.open(entry, lambda *call: self._unpack(origin, *call))
         if descriptor is None:
             raise DataError(
                 f"shard {shown(origin.url)} does not fit, unpacked, into the cache of {self._cache.limit / 1e9:g} GB "
                 f"in {self._cache.folder} beside what was just read; raise data.cache_gigabytes"
             )
         return descriptor
+
+    @staticmethod
+    def _entry(origin: Origin, packed: bool) -> Entry:
+        name = hashlib.sha256(f"{origin.place}{origin.stamp}{packed}".encode()).hexdigest()[:32]
+        return Entry(name, None if packed else origin.stat.size)
 
     def _download(self, origin: Origin, descriptor: int, there: int, room: Room) -> bool:
         os.lseek(descriptor, there, os.SEEK_SET)

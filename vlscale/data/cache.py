@@ -70,6 +70,10 @@ class Cache:
                 "another place, or data.cache_gigabytes=0 to read without one"
             ) from error
 
+    def has(self, entry: Entry) -> bool:
+        """Whether the shard is there."""
+        return (self.folder / entry.file(_WHOLE)).exists()
+
     def _filled(self, entry: Entry, part: int, fill: Callable[[int, int, Room], bool]) -> int | None:
         def room(size: int) -> bool:
             return self._make_room(size, entry.file(_PART))

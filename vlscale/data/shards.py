@@ -296,6 +296,11 @@ class Shards:
         offset, whole = found.spans[field]
         return self._read(found, {field: (offset, min(size, whole))})[field]
 
+    def prefetch(self, i: int) -> None:
+        """Say that sample `i` will be read before long: its shard, if it lies in a store, is fetched meanwhile."""
+        shard, _ = self._locate(i)
+        self._access.prefetch(self._origins[shard], bool(self._packed[shard]))
+
     def _members(self, i: int) -> _Members:
         shard, row = self._locate(i)
         index = self.index(shard)
