@@ -59,10 +59,17 @@ class MicroBatches:
     """Micro-batches of any positions."""
 
     def __init__(
-        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, order: Callable[[Numbers], Numbers]
+        self,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        inputs: Inputs,
+        plan: Plan,
+        order: Callable[[Numbers], Numbers],
+        ahead: int = 0,
     ) -> None:
         """`order` gives the numbers of the samples that stand at positions.
 
+        Shards of samples that stand `ahead` positions further are fetched from their store meanwhile; 0 = none.
         ConfigError if `keep_ratio` is asked of a family that reads squares.
         """
         check_shapes(plan.views, inputs)
@@ -71,11 +78,14 @@ class MicroBatches:
         self._assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields)
         self._plan = plan
         self._order = order
+        self._shards, self._ahead = shards, ahead
         self._num_samples = len(shards)
         self._pad = tokenizer.pad
 
     def __call__(self, positions: Numbers, task: str) -> Loaded:
         """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
+        if self._ahead:
+            self._shards.prefetch(int(self._order(positions[-1:] + self._ahead)[0]))
         bad: list[Bad] = []
         draws = Draws(self._plan.seed)
         views = self._plan.views[task]
@@ -139,7 +149,7 @@ class Loader:
         With 0 `workers` a thread works ahead, else that many processes. ConfigError if `keep_ratio` is asked of a
         family that reads squares.
         """
-        make = MicroBatches(shards, tokenizer, inputs, plan, order)
+        make = MicroBatches(shards, tokenizer, inputs, plan, order, ahead=order.window)
         self.order = order
         self._batches = _Numbered(make, plan.tasks, batching)
         self._per_step = batching.per_step

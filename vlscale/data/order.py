@@ -74,7 +74,7 @@ class Order:
             name = f"source '{empty[0]}' of data.train" if len(sources) > 1 else "the data set"
             raise DataError(f"{name} has no samples; data.train must name shards that hold some")
         self.seed = seed
-        self._window = window
+        self.window = window
         self._batch = batch if mix == "step" else 1
         weighted = [source for source in sources if source.weight is not None]
         assert len(weighted) in (0, len(self.sources)), "all sources have a weight, or none"
@@ -145,7 +145,7 @@ class Order:
         out = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            out[here] = (self._windowed if self._window else self._whole)(number, starts, epoch, within[here])
+            out[here] = (self._windowed if self.window else self._whole)(number, starts, epoch, within[here])
         return out
 
     def _whole(self, number: int, starts: Sequence[int], epoch: int, places: Numbers) -> Numbers:
@@ -161,12 +161,12 @@ class Order:
 
         shards, ends = self._keep(("shards", number, epoch), make)
         count = starts[-1] - starts[0]
-        windows, within = np.divmod(places, self._window)
+        windows, within = np.divmod(places, self.window)
         moved = np.empty_like(places)
         for window in np.unique(windows).tolist():
             here = windows == window
-            begin = window * self._window
-            size = min(self._window, count - begin)
+            begin = window * self.window
+            size = min(self.window, count - begin)
             moved[here] = begin + self._shuffled(within[here], size, (number, epoch, window))
         shard = np.searchsorted(ends, moved, side="right")
         before = np.concatenate([[0], ends])[shard]
