@@ -63,23 +63,8 @@ def make(argv: list[str]) -> int:
     chosen = {name: getattr(options, name) for name in names}
     source = formats.open_source(options.format, options.source, **chosen)
     origin = manifest.origin({"from": options.format, "source": options.source, **chosen})
-    with _interruptible():
-        written = write.make(source, layout, SHOWN, origin)
+    written = write.make(source, layout, SHOWN, origin)
     return _told(written, layout.folder / f"{layout.prefix}.broken.jsonl")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """TERM ends the work as Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _layout_options(parser: argparse.ArgumentParser) -> None:
@@ -203,8 +188,9 @@ def describe(argv: list[str]) -> int:
     if options.html:
         from vlscale.data.cards import cards
         from vlscale.data.page import page
+        from vlscale.data.stores import shown
 
-        title = ", ".join(map(str, options.shards))
+        title = ", ".join(map(shown, options.shards))
         _write("--html", options.html, page(title, figures, cards(shards, seed=options.seed)))
     return DONE
 
@@ -257,13 +243,28 @@ def main(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
         try:
-            return COMMANDS[argv[0]](argv[1:])
+            with _interruptible():
+                return COMMANDS[argv[0]](argv[1:])
         except KeyboardInterrupt:
             goes_on = "; the same command goes on after the shards that are whole" if argv[0] == "make" else ""
             print(f"\nstopped{goes_on}", file=sys.stderr)
             return STOPPED if goes_on else INTERRUPTED
     console.parse(parser, argv)
     raise ConfigError(f"write a command: {', '.join(COMMANDS)}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """TERM ends the work as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser(command: str, description: str | None) -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import pytest
 from launchers import shards as launcher
 from tests.runs import ROOT, launch
 from tests.shard_files import png, sample, write_samples, write_tar
+from tests.store_servers import files, serving
 from tests.test_formats import picture_arrays, write_pictures
 from tests.unlucky import Unlucky, Unreadable
 from vlscale.data import samples
@@ -83,6 +84,23 @@ def test_regions_that_training_reads(tmp_path: Path, printed: Printed) -> None:
     np.testing.assert_array_equal(found.fields["classes"], picture_arrays(1)["objects_id"][:3])
     assert samples.sentences(shards, 0, questions=True)[0].answer == "red"
     assert len(samples.tags(shards, 0).split()) == 4
+
+
+def test_shards_on_a_web_server(tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    local = write_samples(tmp_path / "s", 6, 3, {})
+    printed("verify", local, "--write_checksums")
+    with serving(files(tmp_path)) as store:
+        shards = f"{store.url}/s/part-{{000..001}}.tar?signature=secret"
+        assert "6  samples; indexes: 0 were there, 2 new, 0 stale" in printed("index", shards)
+        said = printed("verify", shards)
+        assert "2 shard(s) with the checksum" in said
+        assert "no problem found" in said
+        assert "captions                 6" in printed("describe", shards, "--html", tmp_path / "d.html")
+        assert "secret" not in (tmp_path / "d.html").read_text()
+        (tmp_path / "s" / "SHA256SUMS").write_text(f"{'0' * 64}  part-000.tar\n")
+        with pytest.raises(DataError, match="1 of checksum"):
+            launcher.main(["verify", shards])
 
 
 def test_index_says_what_was_stale_and_goes_on_after_a_fault(

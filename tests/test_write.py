@@ -137,6 +137,18 @@ def test_going_on_with_something_else_is_refused(
         mistake(folder)
 
 
+def test_captions_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "in", 12)
+    captions = tmp_path / "c.json"
+    captions.write_text(json.dumps({f"p{n:04d}": "first" for n in range(12)}))
+    argv = command(source, tmp_path / "out", "--captions", captions)[2:]
+    assert launcher.main(argv) == DONE
+    assert launcher.main(argv) == DONE
+    captions.write_text(json.dumps({f"p{n:04d}": "other" for n in range(12)}))
+    with pytest.raises(ConfigError, match=r"made with .*c\.json \"\d+ bytes of 20.*\", not \"\d+ bytes of 20"):
+        launcher.main(argv)
+
+
 def test_only_one_process_writes(tmp_path: Path) -> None:
     stopped(tmp_path)
     with Manifest(tmp_path, "data", layout(tmp_path).options()):
@@ -198,7 +210,7 @@ def test_the_command_killed_again_and_again(tmp_path: Path) -> None:
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b")
 
 
-def test_a_full_disk_is_said_and_then_gone_on_from(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_then_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_pictures(tmp_path / "in", 8)
     (source / "p0006.png").write_bytes(png(6, 200))
 
@@ -214,8 +226,8 @@ def test_a_full_disk_is_said_and_then_gone_on_from(tmp_path: Path) -> None:
     assert "File too large" in full.stderr
     assert "run it again, it goes on after the 1 shard(s) that are whole" in full.stderr
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
-    again = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
-    assert "5 of them were there already" in again.stdout
+    assert launcher.main(argv[2:]) == DONE
+    assert "5 of them were there already" in capsys.readouterr().out
     assert inspect.verify(str(tmp_path / "out" / "*.tar")).counts == {}
 
 
@@ -247,7 +259,7 @@ def test_large_pictures_are_made_smaller() -> None:
 def test_shrunk_shards_by_the_command(tmp_path: Path) -> None:
     source = write_pictures(tmp_path / "in", 3, side=64)
     argv = command(source, tmp_path / "out", "--resize", 32, "--quality", 80)
-    subprocess.run(argv, cwd=ROOT, env=environment(), check=True, timeout=60)
+    assert launcher.main(argv[2:]) == DONE
     shards = Shards(str(tmp_path / "out" / "*.tar"))
     raw = shards.read(0)
     assert (list(raw), picture_size(raw["jpg"])) == (["jpg", "json"], (32, 32))

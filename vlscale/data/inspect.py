@@ -23,7 +23,7 @@ from vlscale.data.arrays import read_arrays
 from vlscale.data.decode import MAX_PIXELS, Pixels, decode, picture_size
 from vlscale.data.samples import MAX_MEMBER_BYTES, PICTURE_FIELDS, BrokenSampleError, read_json, sentences
 from vlscale.data.shards import Patterns, Shards, expand
-from vlscale.data.stores import scheme, shown
+from vlscale.data.stores import StoreOptions, Stores, scheme, shown
 from vlscale.errors import ConfigError, DataError
 
 ENDS = ("jpg", "jpeg", "png", "webp")
@@ -99,6 +99,7 @@ class _Shard(NamedTuple):
     url: str
     fault: str = ""
     sha256: str = ""
+    told: str | None = None  # by `SHA256SUMS`
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ class _Whole:
     def __call__(self, url: str) -> _Shard:
         try:
             Shards([url], self.folder)
-            known = self.sums and not scheme(url) and _told(url)
-            return _Shard(url, sha256=checksums.sha256(Path(url)) if known or self.needed else "")
+            stores = Stores(StoreOptions())
+            told = checksums.told(url, stores) if self.sums else None
+            return _Shard(url, "", checksums.sha256_of(url, stores) if told or self.needed else "", told)
         except DataError as error:
             return _Shard(url, str(error))
         except OSError as error:
@@ -125,24 +127,18 @@ def _look_at_shards(urls: Sequence[str], job: _Whole, processes: int) -> list[_S
         return list(tqdm(looked, total=len(urls), desc="shards", unit="shard", disable=None))
 
 
-def _told(url: str) -> str | None:
-    """What `SHA256SUMS` says of a local shard."""
-    return checksums.read_sums(Path(url).parent).get(os.path.basename(url))
-
-
 def _compare(looked: Sequence[_Shard], found: _Found) -> int:
     """How many shards have the checksum that they should."""
     matched = 0
     for shard in looked:
-        told = _told(shard.url) if shard.sha256 else None
-        if told == shard.sha256:
+        if shard.told and shard.told == shard.sha256:
             matched += 1
-        elif told:
+        elif shard.told:
             reason = (
-                f"its sha256 is {shard.sha256}, and {checksums.SUMS} says {told}: it has been damaged or changed; "
+                f"its sha256 is {shard.sha256}, and {checksums.SUMS} says {shard.told}: it was damaged or changed; "
                 "copy it again, or take its line out"
             )
-            found.add(Problem("checksum", shard.url, "", reason))
+            found.add(Problem("checksum", shown(shard.url), "", reason))
     return matched
 
 

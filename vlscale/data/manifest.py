@@ -160,9 +160,10 @@ def origin(options: Mapping[str, Any]) -> dict[str, object]:
     """Options that name files, as JSON can hold them, with the size of each file and when it was last changed."""
     said: dict[str, object] = {}
     for name, value in options.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        said[name] = [str(each) for each in values if each]
-        for path in (Path(each).expanduser() for each in values if each):
+        several = isinstance(value, list | tuple)
+        words = [str(each) for each in (value if several else [value]) if each]
+        said[name] = words if several else next(iter(words), None)
+        for path in (Path(word).expanduser() for word in words):
             if path.is_file():
                 changed = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
                 said[str(path)] = f"{path.stat().st_size} bytes of {changed.isoformat(timespec='milliseconds')}"
