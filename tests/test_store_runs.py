@@ -13,7 +13,14 @@ from tests.store_servers import Store, files, serving
 
 pytestmark = pytest.mark.slow
 FAULTS = ("", "drop", "", "503", "", "", "429", "drop", "", "stall", "")
-SHORT = ("steps=8", "data.store_timeout=0.3", "optim.warmup=0", "checkpoint.every=100")
+SHORT = (
+    "steps=8",
+    "data.shuffle=windowed",
+    "data.window=60",
+    "data.store_timeout=0.3",
+    "optim.warmup=0",
+    "checkpoint.every=100",
+)
 
 
 @pytest.fixture(scope="module")
