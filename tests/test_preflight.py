@@ -50,6 +50,13 @@ def test_unusable_samples_are_named(tmp_path: Path, special: Any, says: str) -> 
         run(tmp_path, make_shards(tmp_path, special))
 
 
+def test_a_share_of_broken_samples_is_left_to_the_loader(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, {7: sample(7, "?!"), 8: sample(8)[1:]})
+    assert run(tmp_path, shards, bad_budget=0.1).samples == 12
+    with pytest.raises(DataError, match=r"sample 's007' .* nothing but punctuation"):
+        run(tmp_path, make_shards(tmp_path, {7: sample(7, "?!"), 9: sample(9, "")}), bad_budget=0.1)
+
+
 def test_one_broken_picture_is_left_to_the_loader(tmp_path: Path) -> None:
     assert run(tmp_path, make_shards(tmp_path, {5: sample(5, picture=b"x")})).samples == 12
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,11 +55,13 @@ def check(
     keep: int,
     questions: bool = False,
     seed: int = 0,
+    bad_budget: float = 0.0,
 ) -> Report:
     """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
 
     No shard and no member may be empty, samples must number at least `batch`, pictures decode, captions hold
-    words that the vocabulary knows. DataError or ConfigError names the first thing that is wrong.
+    words that the vocabulary knows; of the samples that are looked at, `bad_budget` (a share) may be broken, as in
+    training. DataError or ConfigError names the first thing that is wrong.
     """
     began = time.monotonic()
     check_disk(out, (keep + 1) * checkpoint_bytes)
@@ -67,10 +69,10 @@ def check(
     check_members(shards, inputs)
     looked_at = _looked_at(shards, seed)
     if inputs.image_size:
-        check_pictures(shards, looked_at)
+        check_pictures(shards, looked_at, bad_budget)
     if inputs.regions:
-        check_regions(shards, looked_at, inputs, inputs.fields)
-    check_texts(shards, looked_at, tokenizer, max_words, questions)
+        check_regions(shards, looked_at, inputs, inputs.fields, bad_budget)
+    check_texts(shards, looked_at, tokenizer, max_words, questions, bad_budget)
     return Report(len(shards), len(shards.paths), time.monotonic() - began)
 
 
@@ -103,20 +105,22 @@ def check_members(shards: Shards, inputs: Inputs) -> None:
         )
 
 
-def check_pictures(shards: Shards, looked_at: Iterable[int]) -> None:
-    """DataError for a sample without a picture, or a shard whose first pictures do not decode."""
-    for i in looked_at:
-        if picture_field(shards.fields(i)) is None:
-            picture(shards, i)  # raises the sentence that names it
+def check_pictures(shards: Shards, looked_at: Sequence[int], bad_budget: float = 0.0) -> None:
+    """DataError for samples without a picture, or a shard whose first pictures do not decode."""
+    without = [i for i in looked_at if picture_field(shards.fields(i)) is None]
+    if len(without) > bad_budget * len(looked_at):
+        picture(shards, without[0])  # raises the sentence that names it
     for n in _some_shards(shards):
         _one_can_be_read(shards, n, partial(picture, shards))
 
 
-def check_regions(shards: Shards, looked_at: Iterable[int], inputs: Inputs, wanted: frozenset[str]) -> None:
-    """DataError for a sample without regions, or a shard whose first ones cannot be used or lack a `wanted` field."""
-    for i in looked_at:
-        if REGION_FIELD not in shards.fields(i):
-            regions(shards, i, inputs, wanted)  # raises the sentence that names it
+def check_regions(
+    shards: Shards, looked_at: Sequence[int], inputs: Inputs, wanted: frozenset[str], bad_budget: float = 0.0
+) -> None:
+    """DataError for samples without regions, or a shard whose first ones cannot be used or lack a `wanted` field."""
+    without = [i for i in looked_at if REGION_FIELD not in shards.fields(i)]
+    if len(without) > bad_budget * len(looked_at):
+        regions(shards, without[0], inputs, wanted)  # raises the sentence that names it
     for n in _some_shards(shards):
         _one_can_be_read(shards, n, partial(_regions, shards, inputs, wanted))
 
@@ -145,14 +149,28 @@ def _one_can_be_read(shards: Shards, n: int, read: Callable[[int], object]) -> N
 
 
 def check_texts(
-    shards: Shards, looked_at: Iterable[int], tokenizer: Tokenizer, max_words: int, questions: bool = False
+    shards: Shards,
+    looked_at: Sequence[int],
+    tokenizer: Tokenizer,
+    max_words: int,
+    questions: bool = False,
+    bad_budget: float = 0.0,
 ) -> None:
-    """DataError for a caption that is missing or empty, ConfigError if the vocabulary knows too few words."""
+    """DataError for captions that are missing or empty, ConfigError if the vocabulary knows too few words."""
     known: list[NDArray[np.bool_]] = []
+    broken: list[BrokenSampleError] = []
     for i in looked_at:
-        for words in read_sentences(shards, i, max_words, questions):
-            if len(known) < SOME_TEXTS:
-                known.append(tokenizer.encode(words.text)[1:] != tokenizer.unk)
+        try:
+            texts = read_sentences(shards, i, max_words, questions)
+        except BrokenSampleError as error:
+            broken.append(error)
+            if len(broken) > bad_budget * len(looked_at):
+                raise broken[0] from error
+            continue
+        if len(known) < SOME_TEXTS:
+            known += [tokenizer.encode(words.text)[1:] != tokenizer.unk for words in texts]
+    if broken and not known:
+        raise broken[0]
     unknown = 1 - float(np.concatenate(known).mean())
     if unknown > MAX_UNKNOWN:
         raise ConfigError(
