@@ -101,7 +101,7 @@ def test_batches(shards: Shards, tokenizer: Tokenizer) -> None:
     feats, text = batch.visual["clean"].feats, batch.text["masked"]
     assert feats.shape == (4, 3, 16, 16)
     assert feats.dtype == torch.uint8
-    assert feats.is_contiguous()
+    assert feats.is_contiguous(memory_format=torch.channels_last)
     assert text.mask.dtype == torch.bool
     assert text.labels is not None
     assert (text.ids[~text.mask] == tokenizer.pad).all()

@@ -284,6 +284,7 @@ def plan(run: RunConfig, answers: Sequence[str], model: PretrainModel) -> Plan:
         max_words=run.text.kept_words,
         answers={answer: number for number, answer in enumerate(answers)},
         fields=model.fields(),
+        max_pixels=run.data.max_pixels,
     )
 
 

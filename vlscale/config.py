@@ -141,6 +141,7 @@ AT_LEAST_1 = (
     "data.batch",
     "data.micro_batch",
     "data.window",
+    "data.max_pixels",
     "text.max_words",
     "optim.warmup_stair",
     "optim.stair",

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from vlscale.data import tags as tag_data
 from vlscale.data.collate import RegionSample, Sample
+from vlscale.data.decode import MAX_PIXELS, Crop
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Phrase, Texts
 from vlscale.data.regions import PLACES, Floats, Regions
-from vlscale.data.samples import BrokenSampleError, picture, regions
+from vlscale.data.samples import BrokenSampleError, crops, regions
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
@@ -38,14 +39,21 @@ class Assembler:
     """Samples of one data set for one family."""
 
     def __init__(
-        self, shards: Shards, inputs: Inputs, tokenizer: Tokenizer, texts: Texts, fields: frozenset[str]
+        self,
+        shards: Shards,
+        inputs: Inputs,
+        tokenizer: Tokenizer,
+        texts: Texts,
+        fields: frozenset[str],
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """`fields` of `Visual` are those that someone reads, beside features and boxes."""
+        """`fields` of `Visual` are those that someone reads, beside features and boxes; `max_pixels` of a picture."""
         self._shards = shards
         self._inputs = inputs
         self._tokenizer = tokenizer
         self._texts = texts
         self._fields = fields
+        self._max_pixels = max_pixels
 
     def __call__(self, i: int, views: Views, draw: Draw) -> Sample:
         """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with."""
@@ -106,9 +114,13 @@ class Assembler:
         return texts[int(draw(stream).integers(len(texts)))] if len(texts) > 1 else texts[0]
 
     def _pictures(self, i: int, views: Views, draw: Draw) -> dict[str, NDArray[np.uint8]]:
-        pixels = picture(self._shards, i)
         size = self._inputs.image_size
-        return {name: view(pixels, size, draw(f"visual.{name}")) for name, view in views.visual.items()}
+
+        def wanted(height: int, width: int) -> list[Crop]:
+            return [view.crop(height, width, size, draw(f"visual.{name}")) for name, view in views.visual.items()]
+
+        parts = zip(views.visual.items(), crops(self._shards, i, wanted, self._max_pixels), strict=True)
+        return {name: view(part, draw(f"augment.{name}")) for (name, view), part in parts}
 
     def _regions(self, i: int, views: Views, draw: Draw) -> RegionSample:
         assert self._inputs.geometry, "a family that reads regions says how their places are told"

@@ -88,12 +88,8 @@ def pad_texts(texts: Sequence[tuple[Ids, Ids | None]], pad: int) -> Text:
 
 
 def stack_pictures(pictures: Sequence[Pixels]) -> Visual:
-    """uint8 [H, W, 3] each, of one size, to uint8 [B, 3, H, W]."""
-    height, width = pictures[0].shape[:2]
-    pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
-    for i, picture in enumerate(pictures):
-        pixels[i] = picture.transpose(2, 0, 1)
-    return Visual(torch.from_numpy(pixels))
+    """uint8 [H, W, 3] each, of one size, to uint8 [B, 3, H, W], which lies in memory as [B, H, W, 3]."""
+    return Visual(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
 
 
 def _pictures(pictures: Sequence[Pixels], keep_ratio: KeepRatio | None) -> Visual:

@@ -2,11 +2,16 @@
 
 simplejpeg decodes JPEG, OpenCV the rest and the odd JPEG. The turn that a camera notes in EXIF is not
 applied, as in the published pipelines, which decode with Pillow.
+
+Most of a JPEG's cost is its entropy coding, which no crop avoids but by stopping below its last row; then comes the
+resize. Decoding at 1/2 is cheaper than whole, at 3/4 dearer; `resize` says what its filters cost (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -16,6 +21,82 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
 
 MAX_PIXELS = 178_956_970  # Pillow's limit for what it calls a decompression bomb
+MARGIN = 16  # rows of a JPEG decoded below the last one wanted: its chroma blends into the next block's
+ALIAS = 1.5  # a picture that shrinks more is filtered first
+SHARP = 1.15  # up to here cubic interpolation is nearer to Pillow's, from here on linear
+
+
+class Crop(NamedTuple):
+    """A part of a picture, in the picture's own pixels, and the size that it is to have."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: tuple[int, int]  # (height, width)
+    bilinear: bool = False  # where it is enlarged too
+
+
+class Encoded:
+    """The bytes of a picture whose size is known, decoded no finer and no further down than it is needed."""
+
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        """ValueError if `data` is no JPEG, PNG or WebP, or if it would become more than `max_pixels`."""
+        self.width, self.height = picture_size(data)
+        if self.width < 1 or self.height < 1 or self.width * self.height > max_pixels:
+            raise ValueError(f"it has {self.width} x {self.height} pixels; at most {max_pixels} are decoded")
+        self._data = data
+
+    def whole(self) -> Pixels:
+        """uint8 RGB [H, W, 3]. Transparent parts show white; grey and palette pictures become RGB.
+
+        ValueError with the reason if the picture is broken or cut short.
+        """
+        return self._jpeg(self._data, self.height, 1) if self._is_jpeg() else _decode_other(self._data)
+
+    def crops(self, wanted: Sequence[Crop]) -> list[Pixels]:
+        """uint8 RGB [*size, 3] of every crop, by one decoding that is fine enough for all of them.
+
+        A JPEG that is at least twice as fine is decoded at 1/2, 1/4 or 1/8 by its own transform. The edges of a crop
+        then lie between such pixels: each is at most half a pixel of the result from where it should be.
+        Damage below the last row that is wanted is not noticed; a file that is cut short always is (ValueError).
+        """
+        factor, pixels = self._decoded(wanted)
+        return [_part(pixels, crop, factor) for crop in wanted]
+
+    def _decoded(self, wanted: Sequence[Crop]) -> tuple[int, Pixels]:
+        if not self._is_jpeg():
+            return 1, self.whole()
+        shrinks = min(min(crop.height / crop.size[0], crop.width / crop.size[1]) for crop in wanted)
+        factor = next(factor for factor in (8, 4, 2, 1) if shrinks >= factor or factor == 1)
+        rows = max(crop.top + crop.height for crop in wanted) + MARGIN
+        upper = _upper_part(self._data, rows) if rows < self.height else None
+        if upper is not None:
+            return factor, self._jpeg(upper, rows, factor)
+        return factor, self._jpeg(self._data, self.height, factor)
+
+    def _is_jpeg(self) -> bool:
+        return self._data[:2] == b"\xff\xd8" and _jpeg_header(self._data)[2] not in ("CMYK", "YCCK")
+
+    def _jpeg(self, data: bytes, rows: int, factor: int) -> Pixels:
+        """Its first `rows` rows at 1 / `factor`: [ceil(rows / factor), ceil(W / factor), 3]."""
+        height, width = -(-rows // factor), -(-self.width // factor)
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        least = {"min_height": height, "min_width": width, "min_factor": factor}
+        try:
+            simplejpeg.decode_jpeg(data, buffer=pixels, **least)
+        except ValueError as error:
+            first = str(error)  # simplejpeg tells the first complaint, once it has filled the buffer
+            if "remature end" in first or "Huffman" in first:
+                raise
+            if "extraneous bytes" not in first:  # such as those that an upper part leaves behind its rows
+                simplejpeg.decode_jpeg(data, buffer=pixels, strict=False, **least)
+        return pixels
+
+
+def decode(data: bytes) -> Pixels:
+    """uint8 RGB [H, W, 3] of a whole picture; ValueError as of `Encoded`."""
+    return Encoded(data).whole()
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -39,6 +120,25 @@ def _jpeg_header(data: bytes) -> tuple[int, int, str]:
     return width, height, colours
 
 
+def _upper_part(data: bytes, rows: int) -> bytes | None:
+    """A JPEG whose header tells `rows` rows, so that decoders stop there.
+
+    None of a progressive one, whose passes go over all rows, and of one without its end, which is for the decoder to
+    complain of.
+    """
+    if not data.endswith(b"\xff\xd9"):
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in (0xC0, 0xC1):  # a sequential frame: length (2 bytes), precision (1), height (2)
+            return data[: place + 5] + struct.pack(">H", rows) + data[place + 7 :]
+        if marker == 0xDA:  # a scan already, so the frame is of another kind
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
 def _webp_size(data: bytes) -> tuple[int, int]:
     kind = data[12:16]
     if kind == b"VP8X":
@@ -50,33 +150,13 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return width & 0x3FFF, height & 0x3FFF
 
 
-def decode(data: bytes) -> Pixels:
-    """uint8 RGB [H, W, 3]. Transparent parts show white; grey and palette pictures become RGB.
-
-    ValueError with the reason if the picture is broken, cut short, or larger than `MAX_PIXELS`.
-    """
-    width, height = picture_size(data)
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
-    return _decode_jpeg(data) if data[:2] == b"\xff\xd8" else _decode_other(data)
-
-
-def _decode_jpeg(data: bytes) -> Pixels:
-    if _jpeg_header(data)[2] in ("CMYK", "YCCK"):
-        return _decode_other(data)
-    try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data)
-    except ValueError as error:
-        if "remature end" in str(error) or "Huffman" in str(error):
-            raise
-        pixels = simplejpeg.decode_jpeg(data, strict=False)  # harmless, such as bytes between two segments
-    return pixels
-
-
 def _decode_other(data: bytes) -> Pixels:
     jpeg = data[:2] == b"\xff\xd8"
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION if jpeg else cv2.IMREAD_UNCHANGED
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ValueError(f"it is damaged: {error.err}") from error
     if pixels is None:
         raise ValueError("it is damaged or cut short")
     if pixels.dtype == np.uint16:
@@ -94,11 +174,42 @@ def _on_white(pixels: NDArray[np.uint8]) -> Pixels:
     return ((shown + 127) // 255).astype(np.uint8)
 
 
-def resize(pixels: Pixels, width: int, height: int) -> Pixels:
-    """uint8 [height, width, 3]: area averages when either side shrinks to half or less, else bicubic."""
+def _part(pixels: Pixels, crop: Crop, factor: int) -> Pixels:
+    """`crop` of a picture that was decoded at 1 / `factor`, in memory of its own."""
+    top, left = round(crop.top / factor), round(crop.left / factor)
+    bottom, right = round((crop.top + crop.height) / factor), round((crop.left + crop.width) / factor)
+    part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+    height, width = crop.size
+    resized = resize(part, width, height, crop.bilinear)
+    return part.copy() if resized is part else resized
+
+
+def resize(pixels: Pixels, width: int, height: int, bilinear: bool = False) -> Pixels:
+    """uint8 [height, width, 3], anti-aliased along each side that shrinks by more than 1.5.
+
+    A picture that shrinks more along both sides, or to half and less, becomes what Pillow's bicubic filter makes of it;
+    one that does along a single side is smoothed along that by (1, 2, 1) / 4 first, in half the time. The others are
+    interpolated, in a third of the time: cubically unless they shrink by more than 1.15, or `bilinear`.
+    """
     if pixels.shape[:2] == (height, width):
         return pixels
-    shrinks = pixels.shape[0] >= 2 * height or pixels.shape[1] >= 2 * width
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    less, more = sorted((down, across))
+    if more >= 2 or less > ALIAS:
+        return _as_pillow(pixels, height, width)
+    if more > ALIAS:
+        pixels = cv2.GaussianBlur(pixels, (3 if across > ALIAS else 1, 3 if down > ALIAS else 1), 0)
+    linear = bilinear or SHARP < more <= ALIAS
+    method = cv2.INTER_LINEAR if linear else cv2.INTER_CUBIC
     resized: Pixels = cv2.resize(pixels, (width, height), interpolation=method)
+    return resized
+
+
+def _as_pillow(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Pillow's bicubic filter as torch computes it, three times as fast and equal to within rounding."""
+    import torch  # here: whoever only looks into shards needs no torch
+
+    whole = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    shown = torch.nn.functional.interpolate(whole, (height, width), mode="bicubic", antialias=True)
+    resized: Pixels = shown.squeeze(0).permute(1, 2, 0).numpy()
     return resized

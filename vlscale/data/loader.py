@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlscale.data.assemble import Assembler
 from vlscale.data.batches import Batching
 from vlscale.data.collate import Sample, collate
+from vlscale.data.decode import MAX_PIXELS
 from vlscale.data.order import Draws, Order, TaskOrder
 from vlscale.data.phrases import Texts
 from vlscale.data.samples import Bad, BrokenSampleError
@@ -45,6 +46,7 @@ class Plan:
     max_words: int = 0  # of a caption; 0 = all
     answers: Mapping[str, int] = field(default_factory=dict)  # their numbers, where questions are asked
     fields: frozenset[str] = frozenset()  # of `Visual` that someone reads, beside features and boxes
+    max_pixels: int = MAX_PIXELS  # of a picture; larger ones are broken samples
 
 
 class Loaded(NamedTuple):
@@ -75,7 +77,7 @@ class MicroBatches:
         check_shapes(plan.views, inputs)
         asks = any(views.answers for views in plan.views.values())
         texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
-        self._assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields)
+        self._assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields, plan.max_pixels)
         self._plan = plan
         self._order = order
         self._shards, self._ahead = shards, ahead

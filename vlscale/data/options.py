@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlscale.data.decode import MAX_PIXELS
 from vlscale.data.stores import StoreOptions
 from vlscale.errors import ConfigError
 
@@ -39,6 +40,7 @@ class DataConfig:
     store_patience: float = 1800.0  # seconds that a store may be away before the run ends
     store_timeout: float = 30.0  # seconds without a byte after which a connection is given up and made anew
     pipe: bool = False  # whether a shard may be `pipe:` and a command that prints it
+    max_pixels: int = MAX_PIXELS  # of a picture; a larger one is a broken sample, told from its header
     bad_budget: float = 0.01  # share of the samples served that may be broken before the run ends; a crawl has 0.005
     bad_always: int = 100  # so many may be, whatever their share
 

@@ -23,6 +23,8 @@ def pad_pictures(
 ) -> Visual:
     """uint8 [h, w, 3] each to uint8 [B, 3, H, W], padded below and to the right with the mean colour.
 
+    It lies in memory as [B, H, W, 3].
+
     H and W are the greatest height and width, rounded up to `multiple`, and at least one cell. `Visual.mask` [B, R]
     tells, row by row, which of the R = (H // 64) (W // 64) cells are of the picture: those whose first pixel is,
     where cells are spread over the canvas as evenly as its sides allow.
@@ -38,14 +40,14 @@ def pad_pictures(
     """
     sides = np.array([picture.shape[:2] for picture in pictures])  # [B, 2]
     height, width = (max(CELL, -(-int(side) // multiple) * multiple) for side in sides.max(axis=0))
-    pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
-    pixels[:] = MEAN_COLOUR[:, None, None]
+    pixels = np.empty((len(pictures), height, width, 3), dtype=np.uint8)
     for canvas, picture in zip(pixels, pictures, strict=True):
-        canvas[:, : picture.shape[0], : picture.shape[1]] = picture.transpose(2, 0, 1)
+        h, w = picture.shape[:2]
+        canvas[:h, :w], canvas[:h, w:], canvas[h:] = picture, MEAN_COLOUR, MEAN_COLOUR
     rows = _first_pixels(height, height // CELL) < sides[:, :1]  # [B, H // 64]
     columns = _first_pixels(height if mask == "authors" else width, width // CELL) < sides[:, 1:]  # [B, W // 64]
     cells = rows[:, :, None] & columns[:, None, :]
-    return Visual(torch.from_numpy(pixels), torch.from_numpy(cells.reshape(len(pictures), -1)))
+    return Visual(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(cells.reshape(len(pictures), -1)))
 
 
 def _first_pixels(length: int, cells: int) -> NDArray[np.int64]:

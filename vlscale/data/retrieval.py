@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vlscale.data.collate import pad_texts, stack_pictures
-from vlscale.data.decode import Pixels, resize
+from vlscale.data.decode import Crop, Pixels
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Texts
-from vlscale.data.samples import BrokenSampleError, picture
+from vlscale.data.samples import BrokenSampleError, crops
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.types import Inputs, Text, Visual
@@ -64,9 +64,13 @@ def _retrieval_batch(
     pixels: list[Pixels] = []
     rows: list[tuple[Ids, None]] = []
     owner: list[int] = []
+
+    def whole(height: int, width: int) -> list[Crop]:
+        return [Crop(0, 0, height, width, (size, size))]
+
     for i in pictures:
         try:
-            phrases, shown = texts(i), resize(picture(shards, i), size, size)
+            phrases, (shown,) = texts(i), crops(shards, i, whole)
         except BrokenSampleError:
             continue
         index.append(i)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vlscale.data import regions as region_data
-from vlscale.data.decode import Pixels, decode
+from vlscale.data.decode import MAX_PIXELS, Crop, Encoded, Pixels
 from vlscale.data.regions import Regions
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError
@@ -26,12 +25,13 @@ MAX_CAPTIONS = 10_000  # of one sample, questions included
 MAX_SIDE = 1_000_000  # pixels of a picture that regions lie in
 MAX_REASON = 300  # characters; a reason may quote what was found
 PICTURE_FIELDS = tuple(f"{number}{end}" for number in ("", "0.") for end in ("jpg", "jpeg", "png", "webp"))
+T = TypeVar("T")
 
 
 class BrokenSampleError(DataError):
     """One sample cannot be used; training goes on with the next one, counts it and names it."""
 
-    def __init__(self, shard: Path, key: str, reason: str) -> None:
+    def __init__(self, shard: str, key: str, reason: str) -> None:
         """`reason` is a clause that names the field and what is wrong with it."""
         super().__init__(shard, key, reason)
         self.shard = shard
@@ -57,13 +57,24 @@ def picture_field(fields: Sequence[str]) -> str | None:
 
 def picture(shards: Shards, i: int) -> Pixels:
     """The picture of sample `i`, uint8 RGB [H, W, 3]; BrokenSampleError if missing or undecodable."""
-    field = picture_field(shards.fields(i))
+    return _picture(shards, i, MAX_PIXELS, Encoded.whole)
+
+
+def crops(
+    shards: Shards, i: int, wanted: Callable[[int, int], Sequence[Crop]], max_pixels: int = MAX_PIXELS
+) -> list[Pixels]:
+    """What is wanted of the picture of sample `i`, once its height and width are known: see `Encoded.crops`."""
+    return _picture(shards, i, max_pixels, lambda found: found.crops(wanted(found.height, found.width)))
+
+
+def _picture(shards: Shards, i: int, max_pixels: int, use: Callable[[Encoded], T]) -> T:
+    fields = shards.fields(i)
+    field = picture_field(fields)
     if field is None:
-        has = ", ".join(shards.fields(i))
-        reason = f"has no picture (jpg, png or webp) but {has}"
+        reason = f"has no picture (jpg, png or webp) but {', '.join(fields)}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
-        return decode(_read(shards, i, (field,), MAX_MEMBER_BYTES)[field])
+        return use(Encoded(_read(shards, i, (field,), MAX_MEMBER_BYTES)[field], max_pixels))
     except ValueError as error:
         reason = f"the picture in '{field}' cannot be decoded: {error}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason) from error

@@ -27,7 +27,7 @@ from vlscale.data.augment import (
     RandomResizedCrop,
     require,
 )
-from vlscale.data.decode import Pixels, resize
+from vlscale.data.decode import Crop, Pixels
 from vlscale.data.masking import Ids, MaskTokens, Vocabulary
 from vlscale.data.regions import Floats, MaskRegions
 from vlscale.errors import ConfigError, did_you_mean
@@ -52,14 +52,16 @@ class VisualView:
         alone = not (self.keep_ratio and self.random_resized_crop)
         require(alone, "keep_ratio", "left out beside random_resized_crop, which makes squares")
 
-    def __call__(self, pixels: Pixels, size: int, rng: Generator) -> Pixels:
-        """uint8 [size, size, 3], or [h, w, 3] with `keep_ratio`."""
+    def crop(self, height: int, width: int, size: int, rng: Generator) -> Crop:
+        """Which part of a picture of these sides it shows: [size, size], or [h, w] with `keep_ratio`."""
         if self.keep_ratio:
-            pixels = self.keep_ratio(pixels)
-        elif self.random_resized_crop:
-            pixels = self.random_resized_crop(pixels, size, rng)
-        else:
-            pixels = resize(pixels, size, size)
+            return self.keep_ratio(height, width)
+        if self.random_resized_crop:
+            return self.random_resized_crop(height, width, size, rng)
+        return Crop(0, 0, height, width, (size, size))
+
+    def __call__(self, pixels: Pixels, rng: Generator) -> Pixels:
+        """The part [h, w, 3] changed."""
         for operation in (self.color_jitter, self.grayscale, self.blur, self.flip, self.rand_augment):
             if operation is not None:
                 pixels = operation(pixels, rng)

@@ -31,7 +31,8 @@ def imagenet_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return pixels.to(dtype)
     mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=pixels.device).view(3, 1, 1)
-    return ((pixels.float() / 255 - mean) / std).to(dtype)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # loaders stack [B, H, W, 3]
+    return ((pixels / 255 - mean) / std).to(dtype)
 
 
 class BatchNorm(Moving):

@@ -45,7 +45,8 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype, statistics: Statistics 
         return pixels.to(dtype)
     mean = torch.tensor(statistics.mean, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(statistics.std, device=pixels.device).view(3, 1, 1)
-    return ((pixels.float() / 255 - mean) / std).to(dtype)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # loaders stack [B, H, W, 3]
+    return ((pixels / 255 - mean) / std).to(dtype)
 
 
 def init_truncated(module: nn.Module) -> None:
