@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -32,9 +33,11 @@ from vlscale.data.formats import FORMATS
 from vlscale.errors import DONE, STOPPED, ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
+    from vlscale.data.stores import StoreOptions
     from vlscale.data.write import Layout, Written
 
-INTERRUPTED = 130  # as shells say of Ctrl-C
+STORE_KEYS = tuple(f"data.{name}" for name in ("cache", "cache_gigabytes", "store_patience", "store_timeout", "pipe"))
+INTERRUPTED, UNHEARD = 130, 141  # as shells say of Ctrl-C and of a closed pipe
 SHOWN = 10  # problems that are printed; the JSON names more
 
 
@@ -83,7 +86,9 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _shards_argument(parser: argparse.ArgumentParser) -> None:
-    text = "tar files, URLs, globs, or x-{000..012}.tar"
+    text = (
+        f"tar files, URLs, globs, or x-{{000..012}}.tar; how stores are asked, as in a recipe: {', '.join(STORE_KEYS)}"
+    )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help=text)
 
 
@@ -121,7 +126,7 @@ def index(argv: list[str]) -> int:
 
     from vlscale.data import indexing
 
-    indexed = list(indexing.index(options.shards, options.processes))
+    indexed = list(indexing.index(options.shards, options.processes, options.stores))
     for shard in indexed:
         note = "  (its index was stale)" if shard.was == "stale" else ""
         print(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
@@ -147,7 +152,7 @@ def verify(argv: list[str]) -> int:
 
     from vlscale.data import inspect
 
-    report = inspect.verify(options.shards, options.quick, options.processes, options.write_checksums)
+    report = inspect.verify(options.shards, options.quick, options.processes, options.write_checksums, options.stores)
     print(f"{report.shards} shard(s), {report.samples} samples, {report.members} members read")
     if report.checksums:
         print(f"{report.checksums} shard(s) with the checksum that SHA256SUMS tells")
@@ -177,7 +182,7 @@ def describe(argv: list[str]) -> int:
     from vlscale.data.describe import describe as figures_of
     from vlscale.data.shards import Shards
 
-    shards = Shards(options.shards)
+    shards = Shards(options.shards, options=options.stores)
     figures = figures_of(shards, options.limit, options.processes)
     for name, value in figures.items():
         if name not in ("examples", "histograms") and value is not None:
@@ -215,7 +220,7 @@ def regions(argv: list[str]) -> int:
     from vlscale.data.shards import Shards
 
     choice = detect.Choice(options.regions, options.threshold)
-    shards = Shards(options.shards)
+    shards = Shards(options.shards, options=options.stores)
     detector = detect.Detector(options.detector, options.device)
     return _told(detect.add_regions(shards, options.to, detector, choice, options.batch, options.dtype))
 
@@ -244,7 +249,12 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
         try:
             with _interruptible():
-                return COMMANDS[argv[0]](argv[1:])
+                code = COMMANDS[argv[0]](argv[1:])
+                sys.stdout.flush()
+                return code
+        except BrokenPipeError:  # whoever reads what is printed has heard enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return UNHEARD
         except KeyboardInterrupt:
             goes_on = "; the same command goes on after the shards that are whole" if argv[0] == "make" else ""
             print(f"\nstopped{goes_on}", file=sys.stderr)
@@ -274,10 +284,32 @@ def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parsed options; a command that reads shards takes `data.cache=FOLDER` and its like too, as `stores`."""
     options = console.parse(parser, argv)
+    if "shards" in options:
+        words = [*options.shards, *options.overrides]
+        said = [word for word in words if word.partition("=")[0] in STORE_KEYS]
+        options.shards, options.overrides = (
+            [word for word in some if word not in said] for some in (options.shards, options.overrides)
+        )
+        options.stores = _stores(said)
     if options.overrides:
         raise ConfigError(f"'{options.overrides[0]}' is no option here; `--help` lists what there is")
     return options
+
+
+def _stores(said: list[str]) -> StoreOptions | None:
+    """What `key=value` words of a recipe say of stores."""
+    if not said:
+        return None
+    from vlscale import config
+    from vlscale.data.options import DataConfig
+
+    tree: dict[str, Any] = {}
+    for word in said:
+        config.apply_override(tree, word)
+    data: DataConfig = config.build(DataConfig, tree["data"], "data")
+    return data.stores()
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:

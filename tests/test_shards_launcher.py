@@ -103,6 +103,24 @@ def test_shards_on_a_web_server(tmp_path: Path, printed: Printed, monkeypatch: p
             launcher.main(["verify", shards])
 
 
+def test_what_a_recipe_says_of_stores_may_be_said_here(tmp_path: Path, printed: Printed) -> None:
+    write_samples(tmp_path / "s", 3, 3, {})
+    command = f"pipe:cat {tmp_path}/s/part-000.tar"
+    with pytest.raises(ConfigError, match=r"write data\.pipe=true if you trust it"):
+        launcher.main(["verify", command])
+    for name, says in (
+        ("verify", "no problem found"),
+        ("describe", "captions                 3"),
+        ("index", "         3"),
+    ):
+        assert says in printed(name, command, "data.pipe=true", f"data.cache={tmp_path}/c")
+    assert "no problem found" in printed("verify", command, "--quick", "data.pipe=true")
+    with pytest.raises(ConfigError, match=r"data\.pipe"):
+        launcher.main(["verify", command, "data.pipe=perhaps"])
+    with pytest.raises(ConfigError, match=r"'data\.batch=3' is no option here"):
+        launcher.main(["verify", command, "--quick", "data.batch=3"])
+
+
 def test_index_says_what_was_stale_and_goes_on_after_a_fault(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +193,17 @@ def test_the_program_itself(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (code, "")
         assert says in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_hears_no_complaint(tmp_path: Path) -> None:
+    shards = write_samples(tmp_path, 3, 3, {})
+    argv = [sys.executable, "launchers/shards.py", "describe", shards]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_help_lists_the_formats() -> None:

@@ -23,7 +23,7 @@ from vlscale.data.arrays import read_arrays
 from vlscale.data.decode import MAX_PIXELS, Pixels, decode, picture_size
 from vlscale.data.samples import MAX_MEMBER_BYTES, PICTURE_FIELDS, BrokenSampleError, read_json, sentences
 from vlscale.data.shards import Patterns, Shards, expand
-from vlscale.data.stores import StoreOptions, Stores, scheme, shown
+from vlscale.data.stores import PIPE, StoreOptions, Stores, scheme, shown
 from vlscale.errors import ConfigError, DataError
 
 ENDS = ("jpg", "jpeg", "png", "webp")
@@ -54,25 +54,35 @@ class Report(NamedTuple):
     checksums: int  # shards whose bytes are those that `SHA256SUMS` tells
 
 
-def verify(patterns: Patterns, quick: bool = False, processes: int = 1, write_checksums: bool = False) -> Report:
+def verify(
+    patterns: Patterns,
+    quick: bool = False,
+    processes: int = 1,
+    write_checksums: bool = False,
+    stores: StoreOptions | None = None,
+) -> Report:
     """Read every member of every sample and look at it, and compare shards with the `SHA256SUMS` beside them.
 
     Headers are scanned anew, whatever index there is. `quick` takes a picture by its header and regions by their
     shapes, and no checksums. Fields that we do not know are read only. With `write_checksums`, shards without a
-    fault get their line in `SHA256SUMS`. DataError if a pattern matches nothing.
+    fault get their line in `SHA256SUMS`. `stores` tell how remote shards are read. DataError if a pattern matches
+    nothing.
     """
     parallel.require_processes(processes)
-    urls = expand(patterns)
-    if write_checksums and (quick or any(map(scheme, urls))):
+    urls = expand(patterns, stores)
+    if write_checksums and (quick or any(scheme(url) or url.startswith(PIPE) for url in urls)):
         raise ConfigError("--write_checksums is for whole reads of local shards; leave out --quick, copy remote ones")
     found = _Found()
     with TemporaryDirectory() as scratch:
-        looked = _look_at_shards(urls, _Whole(Path(scratch), sums=not quick, needed=write_checksums), processes)
+        whole = _Whole(Path(scratch), stores or StoreOptions(), sums=not quick, needed=write_checksums)
+        looked = _look_at_shards(urls, whole, processes)
         for shard in looked:
             found.add(Problem("shard", shown(shard.url), "", shard.fault) if shard.fault else None)
         matched = _compare(looked, found)
         sound = [shard.url for shard in looked if not shard.fault]
-        samples, members = _look_at_samples(Shards(sound, Path(scratch)), quick, processes, found) if sound else (0, 0)
+        samples = members = 0
+        if sound:
+            samples, members = _look_at_samples(Shards(sound, Path(scratch), stores), quick, processes, found)
     if write_checksums:
         faulty = {problem.shard for problem in found.problems}
         _write(looked, faulty if len(found.problems) < NAMED else {shard.url for shard in looked})
@@ -107,14 +117,15 @@ class _Whole:
     """Scans a shard's headers, which leaves its index in `folder`, and adds up its bytes."""
 
     folder: Path
+    stores: StoreOptions
     sums: bool
     needed: bool  # even where there is nothing to compare with
 
     def __call__(self, url: str) -> _Shard:
         try:
-            Shards([url], self.folder)
-            stores = Stores(StoreOptions())
-            told = checksums.told(url, stores) if self.sums else None
+            Shards([url], self.folder, self.stores)
+            stores = Stores(self.stores)
+            told = checksums.told(url, stores) if self.sums and not url.startswith(PIPE) else None
             return _Shard(url, "", checksums.sha256_of(url, stores) if told or self.needed else "", told)
         except DataError as error:
             return _Shard(url, str(error))
