@@ -75,10 +75,12 @@ def test_the_limit_and_what_cannot_be_used(tmp_path: Path) -> None:
         batches(held_out(tmp_path, 4, limit=1))
 
 
-def test_retrieval_tells_how_many_pictures_it_had_to_skip(tmp_path: Path) -> None:
+def test_an_evaluation_tells_how_many_samples_it_had_to_skip(tmp_path: Path) -> None:
     broken = {n: [(f"s{n:03d}.png", b"no picture"), (f"s{n:03d}.json", b'{"caption": "a thing"}')] for n in (2, 3, 9)}
-    metrics = retrieval.measure(held_out(tmp_path, 4, limit=8, special=broken)).metrics
+    held = held_out(tmp_path, 4, limit=8, special=broken)
+    metrics = retrieval.measure(held).metrics
     assert (metrics["eval/retrieval/candidates"], metrics["eval/retrieval/skipped"]) == (6, 2)
+    assert pretext.measure(held).metrics["eval/pretext/skipped"] == 2
 
 
 # --- the figures -------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def test_means_range_over_tokens_and_stand_beside_the_commonest_label(tmp_path: 
     assert 0 < figures["itc/accuracy"] <= 1
     assert set(figures) == {
         *("loss/itc", "loss/itm", "loss/mlm", "itc/i2t", "itc/t2i", "itc/accuracy", "itm/accuracy", "itm/majority"),
-        *("mlm/hard", "mlm/soft", "mlm/accuracy", "mlm/majority"),
+        *("mlm/hard", "mlm/soft", "mlm/accuracy", "mlm/majority", "skipped"),
     }
 
 

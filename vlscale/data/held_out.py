@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.samples import Bad
 from vlscale.data.shards import Shards
 from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
@@ -34,6 +35,7 @@ class HeldOutBatches:
         self._make = MicroBatches(shards, tokenizer, inputs, replace(plan, seed=SEED), _in_order)
         self._batch = batch
         self._number = min(limit or len(shards), len(shards))
+        self.skipped: set[Bad] = set()  # by this rank: others stood in their places
 
     def __call__(self, task: str, rank: int, world: int) -> Iterator[Batch]:
         """The micro-batches of one rank for one task.
@@ -45,6 +47,7 @@ class HeldOutBatches:
         for size in sizes(self._number, self._batch, world):
             first = start + rank * size
             loaded = self._make(np.arange(first, first + size), task)
+            self.skipped.update(loaded.bad)
             if loaded.batch is None:
                 raise DataError(loaded.error)
             yield replace(loaded.batch, pair_id=loaded.batch.pair_id + FIRST_ID)

@@ -28,7 +28,7 @@ def measure(held: HeldOut) -> Found:
 
     A mean over tokens, regions or pairs is one mean over those of all samples, wherever the objective says how many
     it ranges over. Objectives that look at other samples see those of the same pass. What the samples hold no case
-    of is left out.
+    of is left out. `skipped` counts the samples that cannot be used and in whose places others stand.
 
     Raises:
         DataError: there are too few samples, or they cannot be used.
@@ -44,7 +44,9 @@ def measure(held: HeldOut) -> Found:
                 batch = host_batch.to(held.device)
                 made = model(batch, Moment(STEP, seed=number))
                 tally.add(made.losses, model.counts(batch), batch)
-    return Found({PREFIX + name: value for name, value in tally.figures().items()}, [])
+    everyone: list[Any] = distributed.gather_objects(batches.skipped)
+    figures = {**tally.figures(), "skipped": len(set().union(*everyone))}
+    return Found({PREFIX + name: value for name, value in figures.items()}, [])
 
 
 class Tally:
