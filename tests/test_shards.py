@@ -72,7 +72,16 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes) -> None:
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("one.txt", b"1")])
     (tmp_path / "file").write_text("not a folder")
-    assert len(Shards(path, tmp_path / "file" / "cache")) == 1
+    shards = Shards(path, tmp_path / "file" / "cache")
+    assert pickle.loads(pickle.dumps(shards)).read(0) == {"txt": b"1"}
+
+
+def test_a_cache_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("one.txt", b"1")])
+    kept = pickle.dumps(Shards(path, tmp_path / "cache"))
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    assert pickle.loads(kept).read(0) == {"txt": b"1"}
 
 
 def test_braces_lists_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +163,17 @@ def test_a_shard_that_shrinks_is_named(tmp_path: Path) -> None:
     os.truncate(path, 2000)
     with pytest.raises(DataError, match=r"a.tar became shorter"):
         shards.read(0)
+
+
+def test_a_shard_that_is_another_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("one.txt", bytes(5000))])
+    for members, says in (([], "became shorter"), ([("two.txt", bytes(50_000))], "changed while it was in use")):
+        write_tar(path, [("one.txt", bytes(5000))])
+        shards = Shards(path, tmp_path / "cache")
+        write_tar(path, members)
+        os.truncate(path, os.path.getsize(path) if members else 1000)
+        with pytest.raises(DataError, match=rf"a.tar {says}"):
+            shards.read(0)
 
 
 def test_reading_from_threads_a_pickle_and_more_shards_than_open_files(

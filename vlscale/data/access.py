@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
 from vlscale.data.cache import Cache, Entry, Room
-from vlscale.data.stores import PIECE, PIPE, Stat, StoreOptions, Stores, scheme, shown
+from vlscale.data.stores import PIECE, PIPE, Stat, StoreOptions, Stores, changed, scheme, shown
 from vlscale.errors import DataError
 
 MAX_OPEN_FILES = 128  # local shards kept open per thread; with `MAX_MAPPED` far below the usual 1,024 descriptors
@@ -279,8 +279,11 @@ class _OpenFiles:
                 reason = f"shard {origin.url} cannot be read ({error.strerror}); mend its path or rights"
                 raise DataError(reason) from error
             self._open[origin.url] = descriptor
-            if os.fstat(descriptor).st_size < origin.stat.size:
-                raise DataError(f"shard {origin.url} became shorter after it was indexed; copy it again")
+        size = os.fstat(descriptor).st_size
+        if size < origin.stat.size:
+            raise DataError(f"shard {origin.url} became shorter after it was indexed; copy it again")
+        if size > origin.stat.size:
+            raise changed(origin.url)
         self._open.move_to_end(origin.url)
         return descriptor
 

@@ -106,7 +106,7 @@ class Cache:
             path.unlink(missing_ok=True)
             return None
         if time.time() - status.st_mtime > TOUCHED:
-            with suppress(FileNotFoundError):  # it has just made room
+            with suppress(OSError):  # it has just made room, or is another user's
                 os.utime(path)
         return descriptor
 

@@ -198,6 +198,7 @@ def save(file: Path, head: Head, body: bytes) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
             scratch.write(packed + _CRC.pack(zlib.crc32(packed)) + body)
+        os.chmod(scratch.name, 0o644)  # a cache may be shared
         os.replace(scratch.name, file)
     except OSError:
         return False

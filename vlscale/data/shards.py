@@ -178,7 +178,7 @@ class Shards:
         self._access = Access(options, cache_folder() / "shards")
         self._origins = _each(self._access.find, urls, any(map(scheme, urls)))
         self._access.choose(self._origins)
-        self._held: dict[int, Index] = {}  # by shard, where the cache cannot be written
+        self._held: dict[int, tuple[Head, bytes]] = {}  # by shard, where the cache cannot be written
         self._local = threading.local()
         kept = [index_file.read_head(self._file(origin), origin.stamp) for origin in self._origins]
         missing = [shard for shard, head in enumerate(kept) if head is None]
@@ -208,13 +208,11 @@ class Shards:
         origin = self._origins[shard]
         head, body = _scan(self._access, origin)
         if not index_file.save(self._file(origin), head, body):
-            self._held[shard] = Index(head, body)
+            self._held[shard] = head, body
         return head
 
     def index(self, shard: int) -> Index:
         """Where the members of the `shard`-th shard lie."""
-        if shard in self._held:
-            return self._held[shard]
         mapped: OrderedDict[int, Index] = self._local.__dict__.setdefault("mapped", OrderedDict())
         found = mapped.get(shard)
         if found is None:
@@ -227,6 +225,8 @@ class Shards:
 
     def _mapped(self, shard: int) -> Index:
         """From its file, which is made again where someone emptied the cache."""
+        if shard in self._held:
+            return Index(*self._held[shard])
         origin = self._origins[shard]
         found = index_file.open_index(self._file(origin), origin.stamp)
         if found is None:
