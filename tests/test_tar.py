@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from webdataset import ShardWriter, TarWriter
 
+from tests.shard_files import shared
 from tests.test_shards import same_as_webdataset
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError
@@ -57,6 +58,12 @@ def test_tars_of_webdatasets_own_writers(tmp_path: Path) -> None:
     found = {path.name: same_as_webdataset(path) for path in sorted(tmp_path.glob("*.tar*"))}
     assert sum(found.values()) == 10 + 6 * 10
     assert Shards(str(tmp_path / "s-*.tar")).key(4) == "f1/000004"
+
+
+@pytest.mark.slow
+def test_every_real_shard_as_webdataset_reads_it() -> None:
+    paths = sorted(path for path in shared().rglob("*.tar"))
+    assert sum(map(same_as_webdataset, paths)) > 15_000
 
 
 def test_only_files_are_members(tmp_path: Path) -> None:
