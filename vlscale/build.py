@@ -121,8 +121,10 @@ def setup(request: Request) -> Setting:
         checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
         questions=asks,
+        bad_budget=run.data.bad_budget,
     )
     preflight.check_count(val, 1)
+    preflight.check_members(val, run.family.inputs)
     if inputs.image_size:
         preflight.check_pictures(val, range(1))
     preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, asks)
