@@ -37,7 +37,7 @@ from tests.shard_files import write_tar
 from vlscale.data.augment import RandAugment
 from vlscale.data.batches import Even
 from vlscale.data.decode import Encoded, Pixels
-from vlscale.data.loader import Loader, Plan
+from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.shards import Shards
 from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, write_vocabulary
@@ -124,10 +124,12 @@ def ours(shards: Path, work: str, workers: int) -> Iterator[torch.Tensor]:
     inputs = Inputs(image_size=SIZE, text_length=30, separator=True)
     data = Shards(str(shards / "*.tar"), shards / "cache")
     write_vocabulary([*SPECIAL_TOKENS, *sorted(set(CAPTION.split()))], shards / "vocab.txt")
-    plan = Plan({"all": parse({"visual.clean": WORK[work], "text.clean": {}})}, TaskOrder({"all": 1.0}, 0), 0)
+    preprocessing = Preprocessing(
+        {"all": parse({"visual.clean": WORK[work], "text.clean": {}})}, TaskOrder({"all": 1.0}, 0), 0
+    )
     order = Order([Source("data", (0, len(data)))], 0)
     tokenizer = Tokenizer(shards, inputs)
-    loader = Loader(data, tokenizer, inputs, plan, order, Even(BATCH, BATCH, 0, 1), workers)
+    loader = Loader(data, tokenizer, inputs, preprocessing, order, Even(BATCH, BATCH, 0, 1), workers)
     for _, (batch,) in loader.steps(0, 10_000):
         yield batch.visual["clean"].feats
 

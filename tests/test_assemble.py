@@ -14,7 +14,7 @@ from tests.test_regions import npz
 from vlscale.data.answers import common_answers, normal_answer, read_answers
 from vlscale.data.assemble import Assembler
 from vlscale.data.collate import Sample, collate
-from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.order import Draws, TaskOrder
 from vlscale.data.phrases import Texts
 from vlscale.data.samples import BrokenSampleError, sentences, tags
@@ -185,8 +185,10 @@ def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
     special = {number: members(number) for number in range(count)} | {7: members(7)[:1]}
     shards = Shards(write_samples(tmp_path / "shards", count, count, special), tmp_path / "cache")
     views = {"all": parse({"text.clean": {}, "pairs.mismatch": {"prob": 1.0}}, regions=True)}
-    plan = Plan(views, TaskOrder({"all": 1.0}, 0), 0)
-    make = MicroBatches(shards, make_tokenizer(tmp_path, REGIONS), REGIONS, plan, lambda positions: positions % count)
+    preprocessing = Preprocessing(views, TaskOrder({"all": 1.0}, 0), 0)
+    make = MicroBatches(
+        shards, make_tokenizer(tmp_path, REGIONS), REGIONS, preprocessing, lambda positions: positions % count
+    )
     for start in range(0, 600, 50):
         made = make(np.arange(start, start + 50), "all")
         assert made.batch is not None, made.error

@@ -25,7 +25,7 @@ from tests.shard_files import make_tokenizer
 from vlscale.data import inspect, lengths
 from vlscale.data.cards import cards
 from vlscale.data.describe import describe
-from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.page import page
 from vlscale.data.phrases import Texts
@@ -116,8 +116,10 @@ def named(error: BrokenSampleError, shards: Shards, i: int) -> str:
 
 def in_batches(shards: Shards, numbers: range, good: set[int], inputs: Inputs, tokenizer: Tokenizer) -> None:
     """As the loader makes micro-batches: sound samples come out, the others too or are named."""
-    plan = Plan({"all": parse(VIEWS, inputs.regions > 0)}, TaskOrder({"all": 1.0}, 0), 0)
-    made = MicroBatches(shards, tokenizer, inputs, plan, lambda positions: positions)(np.arange(len(numbers)), "all")
+    preprocessing = Preprocessing({"all": parse(VIEWS, inputs.regions > 0)}, TaskOrder({"all": 1.0}, 0), 0)
+    made = MicroBatches(shards, tokenizer, inputs, preprocessing, lambda positions: positions)(
+        np.arange(len(numbers)), "all"
+    )
     if made.batch is None:
         assert not good, made.error
         assert str(shards.paths[0]) in made.error

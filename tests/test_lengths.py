@@ -13,7 +13,7 @@ from tests.shard_files import Members, make_tokenizer, png, write_tar
 from vlscale.data.augment import KeepRatio
 from vlscale.data.detections import Detections, write_regions
 from vlscale.data.lengths import Reading, Shapes, measure, region_count
-from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.order import Draws, Order, Source, TaskOrder
 from vlscale.data.philox import ManyDraws
 from vlscale.data.shards import Shards
@@ -77,10 +77,10 @@ def test_lengths_at_positions_are_those_of_the_micro_batches(
     shards: Shards, tokenizer: Tokenizer, tmp_path: Path, inputs: Inputs, pairs: Mapping[str, Mapping[str, object]]
 ) -> None:
     views = {"all": parse({"text.clean": {}, "visual.clean": {}, **pairs}, regions=True)}
-    plan = Plan(views, TaskOrder({"all": 1.0}, 5), 5, answers={"red": 0})
+    preprocessing = Preprocessing(views, TaskOrder({"all": 1.0}, 5), 5, answers={"red": 0})
     order = Order([Source("data", (0, COUNT))], 5)
     positions = np.arange(3 * COUNT)
-    loaded = MicroBatches(shards, tokenizer, inputs, plan, order)(positions, "all")
+    loaded = MicroBatches(shards, tokenizer, inputs, preprocessing, order)(positions, "all")
     assert loaded.batch is not None, loaded.error
 
     lengths = measure(shards, tokenizer, "vocabulary", Reading(inputs, 0, questions="pairs.answers" in pairs), tmp_path)

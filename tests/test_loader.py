@@ -15,7 +15,7 @@ import torch
 
 from tests.shard_files import INPUTS, make_tokenizer, png, sample, shared, write_samples
 from vlscale.data.batches import Even, check_batch
-from vlscale.data.loader import Loader, Plan
+from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.retrieval import retrieval_batches
 from vlscale.data.shards import Shards
@@ -53,9 +53,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def make_loader(shards: Shards, tokenizer: Tokenizer, **other: Any) -> Loader:
     options = {"batch": BATCH, "micro_batch": BATCH, "rank": 0, "world": 1, "workers": 0, "seed": 11} | other
     seed, workers, views = options.pop("seed"), options.pop("workers"), options.pop("views", EVERYTHING)
-    plan = Plan({"all": parse(views)}, TaskOrder({"all": 1.0}, seed), seed, max_words=30)
+    preprocessing = Preprocessing({"all": parse(views)}, TaskOrder({"all": 1.0}, seed), seed, max_words=30)
     order = Order([Source("data", (0, len(shards)))], seed)
-    return Loader(shards, tokenizer, INPUTS, plan, order, Even(**options), workers)
+    return Loader(shards, tokenizer, INPUTS, preprocessing, order, Even(**options), workers)
 
 
 def contents(batch: Batch) -> list[tuple[Any, ...]]:

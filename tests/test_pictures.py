@@ -17,7 +17,7 @@ from tests.shard_files import INPUTS, make_tokenizer, sample, write_samples
 from vlscale.data.augment import KeepRatio, OptionError
 from vlscale.data.batches import Even
 from vlscale.data.decode import Encoded
-from vlscale.data.loader import Loader, Plan
+from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.pictures import pad_pictures
 from vlscale.data.shards import Shards
@@ -154,10 +154,10 @@ def loader_of(folder: Path, any_size: bool) -> Loader:
     encoded = [cv2.imencode(".png", picture(*size))[1].tobytes() for size in sizes]
     listed = {i: sample(i, picture=data) for i, data in enumerate(encoded)}
     shards = Shards(write_samples(folder / "shards", 2, 2, listed), folder / "cache")
-    plan = Plan({"all": parse(VIEWS)}, TaskOrder({"all": 1.0}, 0), 0)
+    preprocessing = Preprocessing({"all": parse(VIEWS)}, TaskOrder({"all": 1.0}, 0), 0)
     inputs = replace(INPUTS, any_size=any_size)
     order = Order([Source("data", (0, 2))], 0)
-    return Loader(shards, make_tokenizer(folder), inputs, plan, order, Even(2, 2, 0, 1), 0)
+    return Loader(shards, make_tokenizer(folder), inputs, preprocessing, order, Even(2, 2, 0, 1), 0)
 
 
 def test_the_loader_pads_them(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from vlscale.data import held_out, scenes
 from vlscale.data import views as view_data
 from vlscale.data.batches import Batching, Even, Spread, fewest, make_batching
 from vlscale.data.lengths import Lengths, Reading, Shapes, measure
-from vlscale.data.loader import Loader, Plan
+from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Source, TaskOrder
 from vlscale.data.shards import Shards
 from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unused_weights
@@ -216,7 +216,7 @@ def within_budget(run: RunConfig, setting: Setting, model: PretrainModel) -> Set
 
 def _batching(run: RunConfig, setting: Setting, model: PretrainModel, per_step: int) -> Batching:
     """Of `per_step` micro-batches on every rank."""
-    inputs, made = run.family.inputs, plan(run, setting.answers, model)
+    inputs, made = run.family.inputs, preprocessing(run, setting.answers, model)
 
     def lengths() -> Lengths:
         keep_ratio = next((how for views in made.views.values() for how in views.keep_ratio().values()), None)
@@ -244,7 +244,7 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         setting.train,
         setting.tokenizer,
         inputs,
-        plan(run, setting.answers, model),
+        preprocessing(run, setting.answers, model),
         make_order(setting.sources, run.data, run.seed),
         _batching(run, setting, model, setting.ds["gradient_accumulation_steps"]),
         _workers(run.data.workers),
@@ -261,7 +261,7 @@ def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int)
     few = min(samples, setting.ds["train_micro_batch_size_per_gpu"])
 
     def first(task: str) -> Batch:
-        only = replace(plan(run, setting.answers, model), tasks=TaskOrder({task: 1.0}, run.seed))
+        only = replace(preprocessing(run, setting.answers, model), tasks=TaskOrder({task: 1.0}, run.seed))
         order = make_order(setting.sources, run.data, run.seed)
         loader = Loader(setting.train, setting.tokenizer, run.family.inputs, only, order, Even(few, few, 0, 1), 0)
         return next(iter(loader.steps(0, 1)))[1][0]
@@ -269,7 +269,7 @@ def probes(run: RunConfig, setting: Setting, model: PretrainModel, samples: int)
     return {task: first(task) for task in model.tasks}
 
 
-def plan(run: RunConfig, answers: Sequence[str], model: PretrainModel) -> Plan:
+def preprocessing(run: RunConfig, answers: Sequence[str], model: PretrainModel) -> Preprocessing:
     """What the loader makes of the samples: of each task, the views that its objectives read.
 
     `answers` are those of questions, by number.
@@ -279,7 +279,7 @@ def plan(run: RunConfig, answers: Sequence[str], model: PretrainModel) -> Plan:
         wanted = {name: options for name, options in run.views.items() if name in model.views(task)}
         return view_data.parse(wanted, run.family.inputs.regions > 0)
 
-    return Plan(
+    return Preprocessing(
         views={task: views(task) for task in model.tasks},
         tasks=TaskOrder({name: task.share for name, task in model.tasks.items()}, run.seed),
         seed=run.seed,

@@ -48,7 +48,7 @@ def evaluate(
         device,
         shards,
         tokenizer,
-        build.plan(run, answers, model),
+        build.preprocessing(run, answers, model),
         batch=batch,
         limit=run.evaluation.limit if limit is None else limit,
     )

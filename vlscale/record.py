@@ -158,7 +158,7 @@ class Record:
             setting.device,
             setting.val,
             setting.tokenizer,
-            build.plan(self._run, setting.answers, self._model),
+            build.preprocessing(self._run, setting.answers, self._model),
             batch=setting.ds["train_micro_batch_size_per_gpu"],
             limit=self._run.evaluation.limit,
         )

@@ -19,7 +19,7 @@ from vlscale import config
 from vlscale.config import RunConfig
 from vlscale.data import views
 from vlscale.data.held_out import FIRST_ID, HeldOutBatches
-from vlscale.data.loader import Plan
+from vlscale.data.loader import Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.scene_regions import FEATURES, NUM_CLASSES
 from vlscale.data.shards import Shards
@@ -39,13 +39,15 @@ def held_out(folder: Path, batch: int, limit: int = 0, special: Any = None) -> H
     """A miniature ALBEF and a few shards."""
     family = replace(albef.tiny(), dropout=0.5, text_length=12)
     shards = Shards(write_samples(folder / "shards", COUNT, 4, special or {}), folder / "cache")
-    plan = Plan({"all": VIEWS}, TaskOrder({"all": 1.0}, 7), seed=7)
-    return HeldOut(albef_model(dropout=0.5), CPU, shards, make_tokenizer(folder, family.inputs), plan, batch, limit)
+    preprocessing = Preprocessing({"all": VIEWS}, TaskOrder({"all": 1.0}, 7), seed=7)
+    return HeldOut(
+        albef_model(dropout=0.5), CPU, shards, make_tokenizer(folder, family.inputs), preprocessing, batch, limit
+    )
 
 
 def batches(held: HeldOut, rank: int = 0, world: int = 1) -> list[Batch]:
     inputs = held.model.family.inputs
-    make = HeldOutBatches(held.shards, held.tokenizer, inputs, held.plan, batch=held.batch, limit=held.limit)
+    make = HeldOutBatches(held.shards, held.tokenizer, inputs, held.preprocessing, batch=held.batch, limit=held.limit)
     return list(make("all", rank, world))
 
 
@@ -128,7 +130,7 @@ def test_what_the_samples_hold_no_case_of_is_left_out(tmp_path: Path) -> None:
     held = held_out(tmp_path, 4)
     silent = views.TextView(views.MaskTokens(prob=1e-9, at_least_one=False))
     nothing = replace(VIEWS, text={"clean": views.TextView(), "masked": silent})
-    found = pretext.measure(replace(held, plan=replace(held.plan, views={"all": nothing}))).metrics
+    found = pretext.measure(replace(held, preprocessing=replace(held.preprocessing, views={"all": nothing}))).metrics
     assert "eval/pretext/itm/accuracy" in found
     assert not [name for name in found if "mlm" in name]
 
@@ -226,8 +228,8 @@ def untrained(ds_config: str, micro_batch: int, folder: str) -> dict[str, float]
     setting = build.setup(Request(run, ds_config, Path(folder) / "run"))
     model = build.build_model(run)
     machine = build.build_engine(run, setting, model)
-    plan = build.plan(run, setting.answers, model)
-    held = HeldOut(model, machine.device, setting.val, setting.tokenizer, plan, batch=micro_batch, limit=24)
+    preprocessing = build.preprocessing(run, setting.answers, model)
+    held = HeldOut(model, machine.device, setting.val, setting.tokenizer, preprocessing, batch=micro_batch, limit=24)
     return pretext.measure(held).metrics
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlscale.data.loader import MicroBatches, Plan
+from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.samples import Bad
 from vlscale.data.shards import Shards
 from vlscale.data.shuffle import Numbers
@@ -29,10 +29,17 @@ class HeldOutBatches:
     """
 
     def __init__(
-        self, shards: Shards, tokenizer: Tokenizer, inputs: Inputs, plan: Plan, *, batch: int, limit: int = 0
+        self,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        inputs: Inputs,
+        preprocessing: Preprocessing,
+        *,
+        batch: int,
+        limit: int = 0,
     ) -> None:
-        """`batch` counts the samples of a rank at a time, `plan` says what is made of them."""
-        self._make = MicroBatches(shards, tokenizer, inputs, replace(plan, seed=SEED), _in_order)
+        """`batch` counts the samples of a rank at a time, `preprocessing` says what is made of them."""
+        self._make = MicroBatches(shards, tokenizer, inputs, replace(preprocessing, seed=SEED), _in_order)
         self._batch = batch
         self._number = min(limit or len(shards), len(shards))
         self.skipped: set[Bad] = set()  # by this rank: others stood in their places

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Preprocessing:
     """What is made of the samples; the same on every rank."""
 
     views: Mapping[str, Views]  # by task
@@ -65,7 +65,7 @@ class MicroBatches:
         shards: Shards,
         tokenizer: Tokenizer,
         inputs: Inputs,
-        plan: Plan,
+        preprocessing: Preprocessing,
         order: Callable[[Numbers], Numbers],
         ahead: int = 0,
     ) -> None:
@@ -74,11 +74,11 @@ class MicroBatches:
         Shards of samples that stand `ahead` positions further are fetched from their store meanwhile; 0 = none.
         ConfigError if `keep_ratio` is asked of a family that reads squares.
         """
-        check_shapes(plan.views, inputs)
-        asks = any(views.answers for views in plan.views.values())
-        texts = Texts(shards, tokenizer, plan.max_words, plan.answers if asks else None)
-        self._assembler = Assembler(shards, inputs, tokenizer, texts, plan.fields, plan.max_pixels)
-        self._plan = plan
+        check_shapes(preprocessing.views, inputs)
+        asks = any(views.answers for views in preprocessing.views.values())
+        texts = Texts(shards, tokenizer, preprocessing.max_words, preprocessing.answers if asks else None)
+        self._assembler = Assembler(shards, inputs, tokenizer, texts, preprocessing.fields, preprocessing.max_pixels)
+        self._preprocessing = preprocessing
         self._order = order
         self._shards, self._ahead = shards, ahead
         self._num_samples = len(shards)
@@ -89,12 +89,12 @@ class MicroBatches:
         if self._ahead:
             self._shards.prefetch(int(self._order(positions[-1:] + self._ahead)[0]))
         bad: list[Bad] = []
-        draws = Draws(self._plan.seed)
-        views = self._plan.views[task]
+        draws = Draws(self._preprocessing.seed)
+        views = self._preprocessing.views[task]
         try:
             places = zip(positions.tolist(), self._order(positions).tolist(), strict=True)
             samples = [self._sample(position, index, views, draws, bad) for position, index in places]
-            batch = collate(samples, self._pad, task, "targets" in self._plan.fields, views.keep_ratio())
+            batch = collate(samples, self._pad, task, "targets" in self._preprocessing.fields, views.keep_ratio())
             return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
         except DataError as error:
             return Loaded(None, tuple(bad), str(error))
@@ -141,7 +141,7 @@ class Loader:
         shards: Shards,
         tokenizer: Tokenizer,
         inputs: Inputs,
-        plan: Plan,
+        preprocessing: Preprocessing,
         order: Order,
         batching: Batching,
         workers: int,
@@ -151,9 +151,9 @@ class Loader:
         With 0 `workers` a thread works ahead, else that many processes. ConfigError if `keep_ratio` is asked of a
         family that reads squares.
         """
-        make = MicroBatches(shards, tokenizer, inputs, plan, order, ahead=order.window)
+        make = MicroBatches(shards, tokenizer, inputs, preprocessing, order, ahead=order.window)
         self.order = order
-        self._batches = _Numbered(make, plan.tasks, batching)
+        self._batches = _Numbered(make, preprocessing.tasks, batching)
         self._per_step = batching.per_step
         self._workers = workers
         self._fingerprint = shards.fingerprint()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlscale.nn.transformer import Stack
 
 if TYPE_CHECKING:
-    from vlscale.data.loader import Plan
+    from vlscale.data.loader import Preprocessing
     from vlscale.data.shards import Shards
     from vlscale.data.text import Tokenizer
     from vlscale.families.base import Family
@@ -28,7 +28,7 @@ class HeldOut:
     device: torch.device
     shards: Shards
     tokenizer: Tokenizer
-    plan: Plan  # what training makes of samples
+    preprocessing: Preprocessing  # what training makes of samples
     batch: int  # samples of a rank at a time
     limit: int  # samples at most; 0 = all
 

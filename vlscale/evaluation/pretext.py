@@ -35,7 +35,9 @@ def measure(held: HeldOut) -> Found:
     """
     model, rank, world = held.model, distributed.rank(), distributed.world_size()
     inputs = model.family.inputs
-    batches = HeldOutBatches(held.shards, held.tokenizer, inputs, held.plan, batch=held.batch, limit=held.limit)
+    batches = HeldOutBatches(
+        held.shards, held.tokenizer, inputs, held.preprocessing, batch=held.batch, limit=held.limit
+    )
     tally = Tally()
     with evaluating(model, held.device):
         for task in model.tasks:

@@ -47,7 +47,7 @@ def measure(held: HeldOut) -> Found:
         batch=held.batch,
         rank=distributed.rank(),
         world=distributed.world_size(),
-        max_words=held.plan.max_words,
+        max_words=held.preprocessing.max_words,
         limit=held.limit,
     )
     found = evaluate(held.model.family, batches, held.device, held.tokenizer.decode)
