@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ from vlscale.errors import DataError
 
 RESTS = 60.0  # seconds after its last use before a shard may make room for another
 TOUCHED = 20.0  # seconds between two notes of its use
+FULL = 10.0  # seconds for which nothing is tried after no room was found
+SPARE = 0.05  # share of the free disk that is left to others
 _WHOLE, _PART, _LOCK = ".tar", ".part", "room.lock"
 
 Room = Callable[[int], bool]  # whether the cache can hold a shard of so many bytes
@@ -41,6 +44,7 @@ class Cache:
         """`limit` in bytes."""
         self.folder = folder
         self.limit = limit
+        self._full_until = 0.0
 
     def open(self, entry: Entry, fill: Callable[[int, int, Room], bool]) -> int | None:
         """A descriptor of the shard, which the caller closes; None if there is no room for it.
@@ -57,6 +61,8 @@ class Cache:
             found = self._opened(entry)
             if found is not None:
                 return found
+            if entry.size is not None and time.monotonic() < self._full_until:
+                return None
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / entry.file(_PART)) as part:
                 found = self._opened(entry)  # by another process, while this one waited
@@ -85,6 +91,7 @@ class Cache:
             there = 0
         if not (entry.size is None or room(entry.size)) or not fill(part, there, room):
             os.unlink(path)
+            self._full_until = time.monotonic() + FULL
             return None
         written = os.fstat(part).st_size
         if entry.size is not None and written != entry.size:
@@ -119,13 +126,14 @@ class Cache:
                 if path.suffix in (_WHOLE, _PART) and path.name != own
             )
             used = sum(size for _, size, _ in files)
+            limit = min(self.limit, used + int(shutil.disk_usage(self.folder).free * (1 - SPARE)))
             for changed, size, path in files:
-                if used + needed <= self.limit or time.time() - changed < RESTS:
+                if used + needed <= limit or time.time() - changed < RESTS:
                     break
                 if path.suffix == _WHOLE or _is_idle(path):
                     path.unlink(missing_ok=True)
                     used -= size
-            return used + needed <= self.limit
+            return used + needed <= limit
 
 
 def _statuses(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

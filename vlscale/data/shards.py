@@ -19,13 +19,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from vlscale.data import index as index_file
 from vlscale.data.access import OTHER_PACKINGS, Access, Origin, Span
 from vlscale.data.index import Head, Index
-from vlscale.data.stores import GLOB, PIPE, StoreOptions, Stores, scheme, shown
+from vlscale.data.stores import PIPE, StoreOptions, Stores, is_pattern, scheme, shown
 from vlscale.data.tar import TarError
 from vlscale.errors import ConfigError, DataError, did_you_mean
 
@@ -80,7 +81,11 @@ def _expand_one(pattern: str, stores: Stores) -> list[str]:
         pattern = pattern.partition("://")[2]
     if not scheme(pattern):
         return _expand_path(os.path.expanduser(pattern))
-    if not GLOB.search(pattern):
+    try:
+        urlsplit(pattern)
+    except ValueError as error:
+        raise ConfigError(f"'{pattern}' is no URL ({error}); write it as a browser takes it") from error
+    if not is_pattern(pattern):
         return [pattern]
     found = stores.glob(pattern)
     if not found:

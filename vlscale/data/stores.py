@@ -28,7 +28,7 @@ FIRST_CONTACT = 60.0  # seconds for a store that has never answered: its name ma
 SHORTEST_WAIT, LONGEST_WAIT = 0.1, 15.0  # seconds between two tries
 TOLD_AFTER = 5.0  # seconds away before a warning
 BUSY = (408, 425, 429)  # client errors of HTTP that pass: timeout, too early, too many requests
-GLOB = re.compile(r"[*\[]|\?(?!.*=)")  # a `?` before a `=` begins a query
+GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "updated", "created")
 _log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class _Outage:
 
     def wait(self, error: Exception) -> None:
         """Sleep before the next try. DataError if the error cannot pass, or patience is at its end."""
-        if isinstance(error, (ConfigError, DataError, TypeError, AttributeError)):
+        if isinstance(error, (ConfigError, DataError, TypeError, AttributeError, MemoryError)):
             raise error
         reason = _reason(error, self._url)
         if isinstance(error, (ValueError, ImportError)):
@@ -181,6 +181,12 @@ def scheme(url: str) -> str:
     """`https` of `https://...`; empty for a path."""
     found = _SCHEME.match(url)
     return found[1].lower() if found else ""
+
+
+def is_pattern(url: str) -> bool:
+    """Whether it names objects by a glob."""
+    path = url.partition("://")[2].partition("/")[2]
+    return bool(GLOB.search(path.partition("?")[0] if scheme(url) in ("http", "https") else path))
 
 
 def shown(url: str) -> str:
@@ -209,8 +215,8 @@ def _open(url: str, kind: str, timeout: float) -> Store:
             return _Http(timeout)
         return _S3(timeout) if kind == "s3" else _Fsspec(url)
     except ImportError as error:
-        package = "vlscale[stores]" if kind in ("http", "https", "s3") else error.name
-        raise ConfigError(f"{kind}:// needs a package that is absent ({error}); pip install '{package}'") from error
+        advice = "pip install 'vlscale[stores]'" if kind in ("http", "https", "s3") else "install it"
+        raise ConfigError(f"{kind}:// needs a package that is absent ({error}); {advice}") from error
     except ValueError as error:
         raise ConfigError(f"'{shown(url)}' begins with no kind of store we know ({error})") from error
 
@@ -280,7 +286,7 @@ class _Http:
 
     def glob(self, pattern: str) -> list[str]:
         folder, _, name = pattern.rpartition("/")
-        if GLOB.search(folder):
+        if is_pattern(folder):
             raise ConfigError(f"'{shown(pattern)}': a web server lists one folder; write * in the last part only")
         with self._get(folder + "/", None) as answer:
             _check_status(answer.status_code, folder + "/")
