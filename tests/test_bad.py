@@ -47,7 +47,7 @@ def test_the_console_hears_the_first_ones_and_then_a_number_a_minute(tmp_path: P
     kept = BadSamples(tmp_path / FILE, lambda: now[0])
     said = kept.add([bad(n) for n in range(SAID + 5)])
     assert len(said) == SAID
-    assert said[0] == "sample 's0' of shard part.tar is skipped: it is empty"
+    assert said[0] == "sample 's0' of shard part.tar: it is empty; it is skipped"
     now[0] = PAUSE - 1
     assert kept.add([bad(100)]) == []
     now[0] = PAUSE
@@ -57,6 +57,13 @@ def test_the_console_hears_the_first_ones_and_then_a_number_a_minute(tmp_path: P
     now[0] = PAUSE + 1
     assert kept.add([bad(102)]) == []
     assert kept.rest() == [f"1 more samples are skipped; {tmp_path / FILE} names all 18"]
+
+
+def test_a_key_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    odd = Bad("part.tar", "s\x1b[2J\n\u202e\ud800é", "a caption 'naïve\r' is bad")
+    (said,) = BadSamples(tmp_path / FILE).add([odd])
+    assert said == r"sample 's\x1b[2J\n\u202e\ud800é' of shard part.tar: a caption 'naïve\r' is bad; it is skipped"
+    assert tuple(lines(tmp_path / FILE)[0].values()) == odd
 
 
 def test_a_budget_of_few_and_of_many() -> None:

@@ -29,7 +29,7 @@ from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.page import page
 from vlscale.data.phrases import Texts
-from vlscale.data.samples import BrokenSampleError, picture, regions, sentences, tags
+from vlscale.data.samples import BrokenSampleError, picture, printable, regions, sentences, tags
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import parse
@@ -109,7 +109,8 @@ def fault(shards: Shards, i: int) -> str:
 
 
 def named(error: BrokenSampleError, shards: Shards, i: int) -> str:
-    assert str(error).encode().startswith(f"sample '{shards.key(i)}' of shard {shards.shard(i)}: ".encode())
+    assert str(error).startswith(f"sample '{printable(shards.key(i))}' of shard {shards.shard(i)}: ")
+    assert str(error).isprintable()
     assert 5 < len(error.reason) < 500
     return error.reason
 
@@ -117,9 +118,7 @@ def named(error: BrokenSampleError, shards: Shards, i: int) -> str:
 def in_batches(shards: Shards, numbers: range, good: set[int], inputs: Inputs, tokenizer: Tokenizer) -> None:
     """As the loader makes micro-batches: sound samples come out, the others too or are named."""
     preprocessing = Preprocessing({"all": parse(VIEWS, inputs.regions > 0)}, TaskOrder({"all": 1.0}, 0), 0)
-    made = MicroBatches(shards, tokenizer, inputs, preprocessing, lambda positions: positions)(
-        np.arange(len(numbers)), "all"
-    )
+    made = MicroBatches(shards, tokenizer, inputs, preprocessing, lambda positions: positions)(np.arange(len(numbers)), "all")
     if made.batch is None:
         assert not good, made.error
         assert str(shards.paths[0]) in made.error

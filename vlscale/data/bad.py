@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlscale.data.samples import Bad
+from vlscale.data.samples import Bad, BrokenSampleError
 
 FILE = "bad_samples.jsonl"
 SAID = 10  # samples that the console names; of the rest it hears a number
@@ -39,7 +39,7 @@ class BadSamples:
         named = list(fresh.values())[: SAID - self._said]
         self._said += len(named)
         self._unsaid += len(fresh) - len(named)
-        messages = [f"sample '{bad.key}' of shard {bad.shard} is skipped: {bad.reason}" for bad in named]
+        messages = [f"{BrokenSampleError(*bad)}; it is skipped" for bad in named]
         return messages + ([self._number()] if self._clock() - self._said_at >= PAUSE and self._unsaid else [])
 
     def rest(self) -> list[str]:
@@ -79,6 +79,6 @@ class Budget:
         """The sentence that ends the run."""
         return (
             f"{bad} samples had to be skipped while {seen} were served, more than data.bad_budget={self.share:g} and "
-            f"data.bad_always={self.always} allow; the last: sample '{last.key}' of shard {last.shard}: {last.reason}; "
+            f"data.bad_always={self.always} allow; the last: {BrokenSampleError(*last)}; "
             f"{file} names each: mend or leave out those shards, or write a larger data.bad_budget and go on"
         )

@@ -39,7 +39,7 @@ class BrokenSampleError(DataError):
         self.reason = reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + " ..."
 
     def __str__(self) -> str:
-        return f"sample '{self.key}' of shard {self.shard}: {self.reason}"
+        return f"sample '{printable(self.key)}' of shard {self.shard}: {printable(self.reason)}"
 
 
 class Bad(NamedTuple):
@@ -48,6 +48,11 @@ class Bad(NamedTuple):
     shard: str
     key: str
     reason: str
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as escapes: what a shard holds may not write to the terminal as it likes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def picture_field(fields: Sequence[str]) -> str | None:
@@ -68,13 +73,14 @@ def crops(
 
 
 def _picture(shards: Shards, i: int, max_pixels: int, use: Callable[[Encoded], T]) -> T:
-    fields = shards.fields(i)
-    field = picture_field(fields)
+    sizes = shards.sizes(i)
+    field = picture_field(tuple(sizes))
     if field is None:
-        reason = f"has no picture (jpg, png or webp) but {', '.join(fields)}"
+        reason = f"has no picture (jpg, png or webp) but {', '.join(sizes)}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
-        return use(Encoded(_read(shards, i, (field,), MAX_MEMBER_BYTES)[field], max_pixels))
+        _check_sizes({field: sizes[field]}, MAX_MEMBER_BYTES)
+        return use(Encoded(shards.read(i, (field,))[field], max_pixels))
     except ValueError as error:
         reason = f"the picture in '{field}' cannot be decoded: {error}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason) from error
@@ -152,10 +158,14 @@ def every_answer(shards: Shards) -> Iterator[str]:
 
 def _read(shards: Shards, i: int, fields: Sequence[str], most: int = MAX_TEXT_BYTES) -> dict[str, bytes]:
     """These members of sample `i`. ValueError if one has more than `most` bytes, which are not read then."""
-    for field, size in shards.sizes(i).items():
-        if field in fields and size > most:
-            raise ValueError(f"its '{field}' has {size} bytes; at most {most} are read")
+    _check_sizes({field: size for field, size in shards.sizes(i).items() if field in fields}, most)
     return shards.read(i, fields)
+
+
+def _check_sizes(sizes: Mapping[str, int], most: int) -> None:
+    for field, size in sizes.items():
+        if size > most:
+            raise ValueError(f"its '{field}' has {size} bytes; at most {most} are read")
 
 
 def read_json(data: bytes) -> Any:
