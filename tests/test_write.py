@@ -98,7 +98,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a source that holds something else by now": (
         lambda folder: make(Numbered(SAMPLES, name="m"), layout(folder)),
         DataError,
-        "the source no longer holds what .*data-000000.tar was made of",
+        "the source no longer holds what the data shards in .* were made of",
     ),
     "a shard that is gone": (
         lambda folder: [(folder / "data-000000.tar").unlink(), make(Numbered(SAMPLES), layout(folder))],
@@ -114,6 +114,20 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda folder: [(folder / "data-000007.tar").touch(), make(Numbered(SAMPLES), layout(folder))],
         ConfigError,
         "data-000007.tar is not one of these",
+    ),
+    "a source with more, once all is done": (
+        lambda folder: [make(Numbered(SAMPLES), layout(folder)), make(Numbered(SAMPLES + 1), layout(folder))],
+        DataError,
+        "the source no longer holds what the data shards in .* were made of",
+    ),
+    "a damaged list": (
+        lambda folder: [
+            make(Numbered(SAMPLES), layout(folder)),
+            (folder / "data.broken.jsonl").write_text("x\n"),
+            make(Numbered(SAMPLES), layout(folder)),
+        ],
+        DataError,
+        "data.broken.jsonl is damaged",
     ),
     "a damaged record": (
         lambda folder: [(folder / "data.made.jsonl").write_text("{}\nno json\n"), make(Numbered(1), layout(folder))],

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from vlscale.errors import ConfigError, DataError
 
 VERSION = 1
+NAMED = 100  # broken samples that are kept in mind; a crawl has millions
 
 
 class Finished(NamedTuple):
@@ -45,8 +46,10 @@ class Manifest:
         self.folder = folder
         self.prefix = prefix
         self.finished: list[Finished] = []
-        self.broken: list[tuple[str, str]] = []  # (key, reason) of every sample left out so far
+        self.broken = 0  # samples left out so far
+        self.named: list[tuple[str, str]] = []  # (key, reason) of the first `NAMED` of them
         self.ended = False  # there is no more to do
+        self.items, self.keys = 0, ""  # of the source: how many are done, and the sha256 of their keys
         self._options = json.loads(json.dumps({"version": VERSION, **options}))
         self._path = folder / f"{prefix}.made.jsonl"
         self._list = folder / f"{prefix}.broken.jsonl"
@@ -98,16 +101,32 @@ class Manifest:
         if finished:
             self._compare(lines[0], finished)
             self.finished, self.ended = finished, "ended" in lines[-1]
+            self.items, self.keys = lines[-1]["items"], lines[-1]["keys"]
             self._refuse_others("is not one of these")
             self._files[0].truncate(end)
         else:
             self._refuse_others("is there already")
             self._files[0].truncate(0)
             _say(self._files[0], self._options)
-        count = lines[-1]["broken"] if finished else 0
-        broken, end = _whole_lines(self._files[1], count)
-        self.broken = [(line["key"], line["reason"]) for line in broken]
-        self._files[1].truncate(end)
+        self._read_broken(lines[-1]["broken"] if finished else 0)
+
+    def _read_broken(self, count: int) -> None:
+        """Take up the first `count` broken samples, and strike out the others."""
+        file, end = self._files[1], 0
+        file.seek(0)
+        for line in islice(file, count):
+            if self.broken < NAMED:
+                self.named.append(self._named(line))
+            self.broken += 1
+            end += len(line)
+        file.truncate(end)
+
+    def _named(self, line: bytes) -> tuple[str, str]:
+        try:
+            told = json.loads(line)
+            return told["key"], told["reason"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._list} is damaged ({error}); remove it and go on without its lines") from error
 
     def _refuse_others(self, reason: str) -> None:
         """ConfigError if there are shards that an earlier process of this `make` has not left."""
@@ -147,13 +166,15 @@ class Manifest:
 
     def leave_out(self, key: str, reason: str) -> None:
         """Note a broken sample."""
-        self.broken.append((key, reason))
+        if self.broken < NAMED:
+            self.named.append((key, reason))
+        self.broken += 1
         self._files[1].write(_line({"key": key, "reason": reason}))
 
-    def end(self) -> None:
-        """Note that the source has no more."""
+    def end(self, items: int, keys: str) -> None:
+        """Note that the source has no more than these."""
         self.ended = True
-        _say(self._files[0], {"ended": True, "broken": len(self.broken)})
+        _say(self._files[0], {"ended": True, "items": items, "keys": keys, "broken": self.broken})
 
 
 def origin(options: Mapping[str, Any]) -> dict[str, object]:
@@ -170,12 +191,12 @@ def origin(options: Mapping[str, Any]) -> dict[str, object]:
     return said
 
 
-def _whole_lines(file: BinaryIO, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The first `most` lines, each a JSON object, up to one that was cut short; and where they end."""
+def _whole_lines(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:
+    """The lines, each a JSON object, up to one that was cut short; and where they end."""
     file.seek(0)
     lines: list[dict[str, Any]] = []
     end = 0
-    for line in islice(file, most):
+    for line in file:
         if not line.endswith(b"\n"):
             break
         lines.append(json.loads(line))

@@ -121,15 +121,14 @@ def make(source: Source[Any], layout: Layout, named: int = 10, origin: Mapping[s
     try:
         with manifest:
             before = sum(each.samples for each in manifest.finished)
-            if not manifest.ended:
-                _write(source, layout, manifest)
+            _write(source, layout, manifest)
     except OSError as error:  # a full disk, a source that may not be read
         done = f"it goes on after the {len(manifest.finished)} shard(s) that are whole" if manifest.finished else ""
         reason = f"no more shards in {layout.folder}: {error}; mend that and run it again"
         raise DataError(f"{reason}{done and ', ' + done}") from error
     paths = [layout.folder / each.shard for each in manifest.finished]
     samples = sum(each.samples for each in manifest.finished)
-    return Written(paths, samples, len(manifest.broken), manifest.broken[:named], before)
+    return Written(paths, samples, manifest.broken, manifest.named[:named], before)
 
 
 def _write(source: Source[Any], layout: Layout, manifest: Manifest) -> None:
@@ -138,21 +137,23 @@ def _write(source: Source[Any], layout: Layout, manifest: Manifest) -> None:
     total = length_hint(items) or None
     with _Writer(layout, manifest) as writer:
         writer.pass_over(items)
+        if manifest.ended:
+            return
         progress = tqdm(total=total, initial=writer.items, desc=layout.prefix, unit="sample", disable=None)
         with closing(_convert(source, items, layout)) as members, progress:
             for member in members:
                 if writer.add(member):
-                    progress.set_postfix(broken=len(manifest.broken), refresh=False)
+                    progress.set_postfix(broken=manifest.broken, refresh=False)
                 progress.update()
         writer.close()
     if not manifest.finished:
-        raise DataError(_nothing(manifest.broken))
+        raise DataError(_nothing(manifest.broken, manifest.named))
     checksums.add_sums(layout.folder, {each.shard: each.sha256 for each in manifest.finished})
-    manifest.end()
+    manifest.end(writer.items, writer.keys)
 
 
-def _nothing(broken: Sequence[tuple[str, str]]) -> str:
-    why = f"all {len(broken)} are broken; the first, '{broken[0][0]}': {broken[0][1]}" if broken else "there is none"
+def _nothing(broken: int, named: Sequence[tuple[str, str]]) -> str:
+    why = f"all {broken} are broken; the first, '{named[0][0]}': {named[0][1]}" if named else "there is none"
     return f"no sample could be written: {why}"
 
 
@@ -193,10 +194,9 @@ class _Writer:
     def __init__(self, layout: Layout, manifest: Manifest) -> None:
         self._layout = layout
         self._manifest = manifest
-        self._last = manifest.finished[-1] if manifest.finished else None
-        self.items = self._last.items if self._last else 0  # of the source, up to now
+        self.items = manifest.items  # of the source, up to now
         self._seen = sha256()  # of their keys
-        self._keys = _keys([layout.folder / each.shard for each in manifest.finished])
+        self._keys = _keys([] if manifest.ended else [layout.folder / each.shard for each in manifest.finished])
         self._tar: _Tar | None = None
         self._mark: dict[str, Any] = {}  # how far the source was at the open shard's last sample
 
@@ -210,14 +210,21 @@ class _Writer:
             self._tar.drop()
 
     def pass_over(self, items: Iterator[tuple[str, Any]]) -> None:
-        """Take from `items` what is in whole shards already. DataError if these are others."""
+        """Take from `items` what is done already. DataError if these are others, or more than there were."""
         for name, _ in islice(items, self.items):
             self._seen.update(key_of(name).encode() + b"\n")
-        if self._last and self._seen.hexdigest() != self._last.keys:
+        more = self._manifest.ended and next(items, None) is not None
+        if more or (self.items and self.keys != self._manifest.keys):
+            place = f"{self._layout.prefix} shards in {self._layout.folder}"
             raise DataError(
-                f"the source no longer holds what {self._layout.folder / self._last.shard} was made of; "
-                "write another --to or --prefix, or remove the old shards"
+                f"the source no longer holds what the {place} were made of; write another --to or --prefix, "
+                "or remove the old shards"
             )
+
+    @property
+    def keys(self) -> str:
+        """The sha256 of the keys of all items up to now."""
+        return self._seen.hexdigest()
 
     def add(self, member: Member) -> str:
         """Write a sample; returns why not, if so."""
@@ -235,8 +242,8 @@ class _Writer:
         self._tar.add(member)
         self._mark = {
             "items": self.items,
-            "keys": self._seen.hexdigest(),
-            "broken": len(self._manifest.broken),
+            "keys": self.keys,
+            "broken": self._manifest.broken,
         }
         return ""
 
@@ -325,7 +332,7 @@ def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Mem
                 samples += written
                 sums.update({name: digest} if written else {})
         if not samples:
-            raise DataError(_nothing(broken))
+            raise DataError(_nothing(len(broken), broken))
         checksums.add_sums(folder, sums)
     except OSError as error:
         raise DataError(f"no more shards in {folder}: {error}; mend that and run it again") from error
