@@ -182,7 +182,7 @@ def _gray(pixels: Pixels) -> Pixels:
 
 
 def _mean_gray(pixels: Pixels) -> Pixels:
-    return np.full_like(pixels, int(_gray(pixels)[..., 0].mean() + 0.5))
+    return np.full_like(pixels, int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5))
 
 
 def _black(pixels: Pixels) -> Pixels:

@@ -24,6 +24,7 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for what it calls a decompression bom
 MARGIN = 16  # rows of a JPEG decoded below the last one wanted: its chroma blends into the next block's
 ALIAS = 1.5  # a picture that shrinks more is filtered first
 SHARP = 1.15  # up to here cubic interpolation is nearer to Pillow's, from here on linear
+_JPEG = b"\xff\xd8"  # how one starts
 
 
 class Crop(NamedTuple):
@@ -46,13 +47,21 @@ class Encoded:
         if self.width < 1 or self.height < 1 or self.width * self.height > max_pixels:
             raise ValueError(f"it has {self.width} x {self.height} pixels; at most {max_pixels} are decoded")
         self._data = data
+        self._is_jpeg = data[:2] == _JPEG and _jpeg_header(data)[2] not in ("CMYK", "YCCK")
 
     def whole(self) -> Pixels:
         """uint8 RGB [H, W, 3]. Transparent parts show white; grey and palette pictures become RGB.
 
         ValueError with the reason if the picture is broken or cut short.
         """
-        return self._jpeg(self._data, self.height, 1) if self._is_jpeg() else _decode_other(self._data)
+        if self._is_jpeg:
+            return self._jpeg(self._data, self.height, 1)
+        pixels = _decode_other(self._data)
+        if pixels.shape[:2] != (self.height, self.width):
+            raise ValueError(
+                f"it has {pixels.shape[1]} x {pixels.shape[0]} pixels, its header {self.width} x {self.height}"
+            )
+        return pixels
 
     def crops(self, wanted: Sequence[Crop]) -> list[Pixels]:
         """uint8 RGB [*size, 3] of every crop, by one decoding that is fine enough for all of them.
@@ -65,7 +74,7 @@ class Encoded:
         return [_part(pixels, crop, factor) for crop in wanted]
 
     def _decoded(self, wanted: Sequence[Crop]) -> tuple[int, Pixels]:
-        if not self._is_jpeg():
+        if not self._is_jpeg:
             return 1, self.whole()
         shrinks = min(min(crop.height / crop.size[0], crop.width / crop.size[1]) for crop in wanted)
         factor = next(factor for factor in (8, 4, 2, 1) if shrinks >= factor or factor == 1)
@@ -74,9 +83,6 @@ class Encoded:
         if upper is not None:
             return factor, self._jpeg(upper, rows, factor)
         return factor, self._jpeg(self._data, self.height, factor)
-
-    def _is_jpeg(self) -> bool:
-        return self._data[:2] == b"\xff\xd8" and _jpeg_header(self._data)[2] not in ("CMYK", "YCCK")
 
     def _jpeg(self, data: bytes, rows: int, factor: int) -> Pixels:
         """Its first `rows` rows at 1 / `factor`: [ceil(rows / factor), ceil(W / factor), 3]."""
@@ -101,7 +107,7 @@ def decode(data: bytes) -> Pixels:
 
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header of a JPEG, PNG or WebP. ValueError if it is none of these."""
-    if data[:2] == b"\xff\xd8":
+    if data[:2] == _JPEG:
         return _jpeg_header(data)[:2]
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
@@ -151,7 +157,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode_other(data: bytes) -> Pixels:
-    jpeg = data[:2] == b"\xff\xd8"
+    jpeg = data[:2] == _JPEG
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION if jpeg else cv2.IMREAD_UNCHANGED
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
