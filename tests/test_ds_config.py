@@ -175,3 +175,9 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ds_config.load(str(FILES / "zero22.json"))
     with pytest.raises(ConfigError, match="no such file"):
         ds_config.load(str(tmp_path / "nowhere" / "a.json"))
+
+
+def test_a_file_that_cuts_the_step_where_a_budget_of_tokens_does() -> None:
+    ds_config.check_free({"train_batch_size": 8, "gradient_accumulation_steps": "auto"}, "ds.json")
+    with pytest.raises(ConfigError, match=r"ds.json sets gradient_accumulation_steps, which data.tokens finds; delete"):
+        ds_config.check_free({"gradient_accumulation_steps": 2}, "ds.json")

@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.spawn import run_ranks
 from vlscale.throughput import StepClock
-from vlscale.types import Batch, Text
+from vlscale.types import Batch, Text, Visual
 
 
 def batch(tokens: int, places: int) -> Batch:
@@ -47,6 +47,15 @@ def test_figures_follow_from_the_wall_clock() -> None:
     assert found["mfu"] == pytest.approx(1e-2 / seconds)
     assert found["data_wait_fraction"] == pytest.approx(0, abs=0.2)
     assert found["memory_peak_bytes"] >= found["memory_allocated_bytes"] > 1e6  # type: ignore[operator]
+
+
+def test_padding_of_regions_counts_beside_that_of_words() -> None:
+    clock = StepClock(torch.device("cpu"))
+    seen = Visual(torch.zeros(1, 12, 2), torch.arange(12)[None] < 4)
+    clock.step([replace(batch(6, 8), visual={"clean": seen})])
+    found = clock.read(samples_per_step=1, ranks=1, flops=0.0, peak=None)
+    assert found["padding_fraction"] == 0.5  # 10 of 20 places
+    assert found["tokens_per_second"] == pytest.approx(6 / found["seconds_per_step"])  # type: ignore[operator]
 
 
 def test_waiting_for_data_is_seen() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from tests.models import batch_for
+from tests.runs import losses, metrics, run_whole
 from tests.whole_steps import check_whole
 from vlscale import build, config
 from vlscale.errors import ConfigError
@@ -78,3 +81,31 @@ def test_a_loss_that_compares_samples_refuses_unequal_numbers() -> None:
 def test_options_that_do_not_go_together(options: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config.load("uniter_tiny", options)
+
+
+SMALL = (
+    *("--recipe", "uniter_tiny", "--ds_config", "ds_configs/fp32.json", "data.batch=24", "data.micro_batch=4"),
+    *("family.hidden=32", "family.heads=2", "family.layers=1", "family.intermediate=64", "evaluation.limit=8"),
+    *("logging.every=1", "logging.sample_keys=true", "logging.tensorboard=false", "data.pool=4", "data.shapes=2"),
+)
+
+
+@pytest.mark.slow
+def test_a_run_sees_the_same_steps_however_they_are_cut(tmp_path: Path) -> None:
+    """Fixed numbers, equal cost with each step's own samples, and equal cost on one rank and on two."""
+    run_whole(1, tmp_path / "even", *SMALL, "steps=4", shrunk=False)
+    run_whole(1, tmp_path / "own", *SMALL, "steps=4", "data.batching=cost", "data.pool=1", shrunk=False)
+    run_whole(1, tmp_path / "one", *SMALL, "steps=4", "data.batching=cost", shrunk=False)
+    run_whole(2, tmp_path / "two", *SMALL, "steps=4", "data.batching=cost", shrunk=False)
+    keys = {name: [line["sample_keys"] for line in steps(tmp_path / name)] for name in ("even", "own", "one", "two")}
+    assert keys["own"] == keys["even"]
+    assert keys["two"] == keys["one"]
+    assert sorted(chain(*keys["one"][:4])) == sorted(chain(*keys["even"][:4])), "a pool's steps share its samples"
+    torch.testing.assert_close(losses(tmp_path / "own"), losses(tmp_path / "even"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-3, atol=1e-4)
+    padding = {name: sum(line["padding_fraction"] for line in steps(tmp_path / name)) for name in ("even", "one")}
+    assert padding["one"] < 0.6 * padding["even"]
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(out) if "loss" in line]

@@ -86,6 +86,8 @@ def setup(request: Request) -> Setting:
     run = request.run
     tree = ds_config.load(request.ds_path)
     ds = ds_config.for_device(tree, request.ds_path, torch.cuda.is_available())
+    if run.data.batching == "cost" and run.data.tokens is not None:
+        ds_config.check_free(tree, request.ds_path)
     decided = ds_config.Decided(run.recipe, run.data.batch, run.data.micro_batch, run.optim.clip)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ds = ds_config.merge(ds, request.ds_path, decided, world)

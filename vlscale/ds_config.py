@@ -135,6 +135,13 @@ def accumulation_steps(batch: int, micro_batch: int, world: int) -> int:
     return batch // together
 
 
+def check_free(tree: Mapping[str, Any], path: str) -> None:
+    """ConfigError if the file says how a step is cut, which `data.tokens` is to find."""
+    for key in COUNTS[1:]:
+        if tree.get(key, "auto") != "auto":
+            raise ConfigError(f"{path} sets {key}, which data.tokens finds; delete it there, or leave out data.tokens")
+
+
 def precision(tree: Mapping[str, Any]) -> str:
     """`bf16`, `fp16` or `fp32`, as the file says."""
     for name in ("bf16", "fp16"):
