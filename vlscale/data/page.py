@@ -34,7 +34,7 @@ h3 { font-size: .95rem; margin: 0 0 .4rem; } p { margin: .3rem 0; overflow-wrap:
 ul { margin: .3rem 0; padding-left: 1.1rem; } li { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: right; padding: .15rem .4rem; }
 td:first-child, th:first-child { text-align: left; min-width: 3.5rem; overflow-wrap: anywhere; }
-tr + tr td { border-top: 1px solid var(--line); }
+td:last-child { white-space: nowrap; } tr + tr td { border-top: 1px solid var(--line); }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .bar { fill: var(--bar); } .axis { stroke: var(--line); }
 .box { fill: none; stroke: var(--box); stroke-width: 1.5; }
