@@ -9,13 +9,14 @@ import shutil
 import struct
 import tempfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,22 +142,19 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _make(folder: Path, shards: Shards, measure_one: Callable[[int], Measured]) -> None:
     """Measure all, write beside, then rename."""
-    found: list[Measured] = []
+    columns = {"texts": array("h"), "first": array("q", [0]), **{name: array("h") for name in Measured._fields[1:]}}
     processes = cores() if len(shards) > FEW else 1
     every = ordered(measure_one, iter(range(len(shards))), processes, CHUNK)
     with tqdm(every, total=len(shards), desc="lengths", unit=" samples", disable=None) as bar:
-        found.extend(bar)
-    columns: dict[str, NDArray[Any]] = {
-        "texts": np.array([length for each in found for length in each.texts], dtype=np.int16),
-        "first": np.cumsum([0, *(len(each.texts) for each in found)], dtype=np.int64),
-        "captions": np.array([each.captions for each in found], dtype=np.int16),
-        "tags": np.array([each.tags for each in found], dtype=np.int16),
-        "seen": np.array([each.seen for each in found], dtype=np.int16),
-    }
+        for found in bar:
+            columns["texts"].extend(found.texts)
+            columns["first"].append(len(columns["texts"]))
+            for name in Measured._fields[1:]:
+                columns[name].append(getattr(found, name))
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, column in columns.items():
-            np.save(scratch / f"{name}.npy", column)
+            np.save(scratch / f"{name}.npy", np.asarray(column))
         scratch.chmod(0o755)
         os.replace(scratch, folder)
     finally:

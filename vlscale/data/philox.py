@@ -6,6 +6,7 @@ Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 from __future__ import annotations
 
 import zlib
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,16 @@ class ManyDraws:
     def __init__(self, seed: int, positions: Numbers, stream: str) -> None:
         """`positions` [N]; the four words of a counter suffice for a few draws."""
         key = np.random.Philox(key=seed).state["state"]["key"]
-        counter = [np.ones_like(positions), np.full_like(positions, zlib.crc32(stream.encode())), positions]
-        self._words = _philox([*(each.astype(np.uint64) for each in counter), np.zeros(len(positions), np.uint64)], key)
+        stream_word = zlib.crc32(stream.encode())
+        counter = [np.full(len(positions), word, np.uint64) for word in (1, stream_word, 0, 0)]
+        counter[2] = positions.astype(np.uint64)
+        self._make = partial(_philox, counter, key)
         self._next = 0  # of the four
+
+    @cached_property
+    def _words(self) -> list[Words]:
+        """Made when something is drawn: most samples have but one text to draw from."""
+        return self._make()
 
     def random(self) -> NDArray[np.float64]:
         """[N] in [0, 1), as `Generator.random()`."""
@@ -43,6 +51,8 @@ class ManyDraws:
         Numpy multiplies 32 bits with the bound and draws anew where the product's lower half is too small (Lemire
         2019, arXiv 1805.10941).
         """
+        if bounds.max(initial=1) == 1:
+            return np.zeros(len(bounds), dtype=np.int64)
         bounds = bounds.astype(np.uint64)
         refused = (np.uint64(1 << 32) - bounds) % bounds
         out = np.zeros(len(bounds), dtype=np.uint64)
