@@ -113,7 +113,7 @@ def _told(written: Written, broken: Path | None = None) -> int:
     if written.broken:
         print(f"{written.broken} broken and left out{f', listed in {broken}' if broken else ''}, such as")
         for name, reason in written.named:
-            print(f"  {name}: {reason}")
+            _say(f"  {name}: {reason}")
     return DONE
 
 
@@ -129,7 +129,7 @@ def index(argv: list[str]) -> int:
     indexed = list(indexing.index(options.shards, options.processes, options.stores))
     for shard in indexed:
         note = "  (its index was stale)" if shard.was == "stale" else ""
-        print(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
+        _say(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
     faulty = sum(bool(shard.fault) for shard in indexed)
     told = Counter(shard.was for shard in indexed if not shard.fault)
     states = f"{told['kept']} were there, {told['new']} new, {told['stale']} stale"
@@ -158,7 +158,7 @@ def verify(argv: list[str]) -> int:
         print(f"{report.checksums} shard(s) with the checksum that SHA256SUMS tells")
     for problem in report.problems[:SHOWN]:
         where = f"{problem.shard}: {problem.key}" if problem.key else problem.shard
-        print(f"  {where}: {problem.reason}")
+        _say(f"  {where}: {problem.reason}")
     _write_json(options.json, {**report._asdict(), "problems": [each._asdict() for each in report.problems]})
     if report.counts:
         counts = ", ".join(f"{count} of {kind}" for kind, count in report.counts.items())
@@ -188,7 +188,7 @@ def describe(argv: list[str]) -> int:
         if name not in ("examples", "histograms") and value is not None:
             print(f"{name.replace('_', ' '):24} {_words(value)}")
     for example in figures["examples"]:
-        print(_encoded(json.dumps(example, ensure_ascii=False)).decode())
+        _say(json.dumps(example, ensure_ascii=False))
     _write_json(options.json, figures)
     if options.html:
         from vlscale.data.cards import cards
@@ -329,8 +329,13 @@ def _write(option: str, path: Path, text: str) -> None:
         raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); write a path that can") from error
 
 
+def _say(text: str) -> None:
+    """Print what others have written."""
+    print(_encoded(text).decode())
+
+
 def _encoded(text: str) -> bytes:
-    """UTF-8, in which half a character of somebody's json becomes a question mark."""
+    """UTF-8, in which half a character of somebody's json or file name becomes a question mark."""
     return text.encode(errors="replace")
 
 

@@ -163,6 +163,18 @@ def test_captions_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
         launcher.main(argv)
 
 
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"in \xff")
+    source = write_pictures(folder, 2)
+    (folder / os.fsdecode(b"\xfe.png")).write_bytes(b"no picture")
+    (folder / os.fsdecode(b"\xfe.txt")).write_text("a")
+    for before in (0, 2):
+        assert launcher.main(command(source, tmp_path / "out")[2:]) == DONE
+        said = capsys.readouterr().out
+        assert "1 broken and left out" in said
+        assert ("2 of them were there already" in said) == bool(before)
+
+
 def test_only_one_process_writes(tmp_path: Path) -> None:
     stopped(tmp_path)
     with Manifest(tmp_path, "data", layout(tmp_path).options()):

@@ -50,7 +50,7 @@ class Manifest:
         self.named: list[tuple[str, str]] = []  # (key, reason) of the first `NAMED` of them
         self.ended = False  # there is no more to do
         self.items, self.keys = 0, ""  # of the source: how many are done, and the sha256 of their keys
-        self._options = json.loads(json.dumps({"version": VERSION, **options}))
+        self._options = json.loads(_line({"version": VERSION, **options}))  # as it is read again
         self._path = folder / f"{prefix}.made.jsonl"
         self._list = folder / f"{prefix}.broken.jsonl"
         self._files: list[BinaryIO] = []
