@@ -263,7 +263,10 @@ class _Http:
             if answer.status_code == 416 and total == "0":
                 return Stat(0, "")
             _check_status(answer.status_code, url)
-            total = total if answer.status_code == 206 else answer.headers.get("Content-Length", "")
+            if answer.status_code == 206:
+                answer.raw.read()  # one byte; the connection then serves the next shard
+            else:
+                total = answer.headers.get("Content-Length", "")
             if not total.isdigit():
                 raise DataError(f"the server does not tell the size of shard {shown(url)}; use one that does")
             return Stat(int(total), _mark(answer))
