@@ -330,8 +330,10 @@ def _write(option: str, path: Path, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    """Print what others have written."""
-    print(_encoded(text).decode())
+    """Print what others have written, which may not write to the terminal as it likes."""
+    from vlscale.data.samples import printable
+
+    print(printable(text))
 
 
 def _encoded(text: str) -> bytes:

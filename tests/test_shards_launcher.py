@@ -165,6 +165,18 @@ def test_verify_ends_with_3_and_tells_what_is_wrong(tmp_path: Path, capsys: pyte
     assert report["problems"][0]["reason"].startswith("a caption in 'json' is empty")
 
 
+def test_shards_cannot_write_to_the_terminal_as_they_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.dumps({"caption": "red \ud800", "objects": 1, "tags": ["\x1b[2J", "\u202e", "été"]}).encode()
+    path = write_tar(tmp_path / "a.tar", [("k\x1b]0;title\x07.png", png(1)), ("k\x1b]0;title\x07.json", record)])
+    with pytest.raises(DataError):
+        launcher.main(["verify", str(path)])
+    assert launcher.main(["describe", str(path), "--json", str(tmp_path / "d.json")]) == DONE
+    said = capsys.readouterr().out
+    assert "été" in said
+    assert said.replace("\n", "").isprintable()
+    assert json.loads((tmp_path / "d.json").read_text())["samples"] == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
