@@ -124,6 +124,7 @@ def test_samples_of_a_step_depend_on_neither_ranks_nor_micro_batches(tmp_path: P
     assert all(other == first for other in series.values())
     assert sorted(np.concatenate(first).tolist()) == list(range(8 * 48)), "each position once"
     assert (first[0] == list(range(48))) == (pool == 1)
+    assert balanced(shapes, 1, 0, 1, pool).served(8) == 8 * 48
 
 
 def test_a_micro_batch_is_found_in_any_order_by_any_process(tmp_path: Path) -> None:
@@ -210,6 +211,8 @@ def test_token_buckets_go_to_ranks_in_turn(tmp_path: Path) -> None:
     buckets = {each // BUCKET for each in served}
     assert buckets == set(range(len(buckets)))
     assert len(served) / (len(buckets) * BUCKET) > 0.85, "few are dropped"
+    assert len(served) <= alone.served(79) <= len(buckets) * BUCKET
+    assert alone.served(79) == ranks[1].served(79)
     later = TokenBuckets(shapes, Spread(4, 0, 1, 0), 10_240, 140)
     assert [each.tolist() for each in micro_batches(later, 79)] == [each.tolist() for each in micro_batches(alone, 79)]
 

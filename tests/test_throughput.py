@@ -23,7 +23,7 @@ def measured(tokens: int) -> dict[str, float | int | None]:
         clock.step([batch(each, 8), batch(each, 8)])
     time.sleep(0.2)
     clock.skip()
-    return clock.read(samples_per_step=10, ranks=1, flops=1e9, peak=1e11)
+    return clock.read(ranks=1, flops=1e9, peak=1e11)
 
 
 def on_two_ranks() -> dict[str, float | int | None]:
@@ -32,7 +32,7 @@ def on_two_ranks() -> dict[str, float | int | None]:
     clock = StepClock(torch.device("cpu"))
     time.sleep(0.05)
     clock.step([replace(batch(2 + 4 * distributed.rank(), 8), lost_words=((0, 3), (5, 0, 0))[distributed.rank()])])
-    return clock.read(samples_per_step=10, ranks=2, flops=1e9, peak=1e11)
+    return clock.read(ranks=2, flops=1e9, peak=1e11)
 
 
 def test_figures_follow_from_the_wall_clock() -> None:
@@ -40,7 +40,7 @@ def test_figures_follow_from_the_wall_clock() -> None:
     seconds = found["seconds_per_step"]
     assert seconds is not None
     assert 0.05 <= seconds < 0.1  # the pause is left out
-    assert found["samples_per_second"] == pytest.approx(10 / seconds)
+    assert found["samples_per_second"] == pytest.approx(2 / seconds)
     assert found["tokens_per_second"] == pytest.approx(12 / seconds)
     assert found["padding_fraction"] == 0.25
     assert found["model_tflops_per_second"] == pytest.approx(1e-3 / seconds)
@@ -53,7 +53,7 @@ def test_padding_of_regions_counts_beside_that_of_words() -> None:
     clock = StepClock(torch.device("cpu"))
     seen = Visual(torch.zeros(1, 12, 2), torch.arange(12)[None] < 4)
     clock.step([replace(batch(6, 8), visual={"clean": seen})])
-    found = clock.read(samples_per_step=1, ranks=1, flops=0.0, peak=None)
+    found = clock.read(ranks=1, flops=0.0, peak=None)
     assert found["padding_fraction"] == 0.5  # 10 of 20 places
     assert found["tokens_per_second"] == pytest.approx(6 / found["seconds_per_step"])  # type: ignore[operator]
 
@@ -68,7 +68,7 @@ def test_waiting_for_data_is_seen() -> None:
     for _ in clock.waiting(slow()):  # type: ignore[var-annotated, arg-type]
         time.sleep(0.02)
         clock.step([])
-    found = clock.read(samples_per_step=1, ranks=1, flops=0.0, peak=None)
+    found = clock.read(ranks=1, flops=0.0, peak=None)
     assert found["data_wait_fraction"] == pytest.approx(0.8, abs=0.1)
     assert found["mfu"] is None
     assert found["padding_fraction"] == 0.0

@@ -49,6 +49,7 @@ class Lap(NamedTuple):
 class Work(NamedTuple):
     """What a step's micro-batches hold, on this rank."""
 
+    samples: int
     model_flops: int
     hardware_flops: int
     tokens: int
@@ -221,6 +222,7 @@ def _work(parts: _Parts, step: int, micro_batches: Sequence[Batch]) -> Work:
     flops = [step_flops(parts.model, batch, mode) for batch in micro_batches]
     masks = [mask for batch in micro_batches for mask in batch.masks()]
     return Work(
+        samples=sum(map(len, micro_batches)),
         model_flops=sum(each.model for each in flops),
         hardware_flops=sum(each.hardware for each in flops),
         tokens=sum(int(text.mask.sum()) for batch in micro_batches for text in batch.text.values()),
@@ -255,17 +257,19 @@ def seconds(begin: Any, end: Any) -> float:
 
 
 def _speed(laps: Sequence[Lap], work: Sequence[Work], parts: _Parts) -> dict[str, Any]:
-    run, setting = parts.request.run, parts.setting
+    setting = parts.setting
     ranks = distributed.world_size()
     peak = None
     if setting.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(setting.device), ds_config.precision(setting.ds))
     whole = [_over_ranks(each) for each in work]
     took = np.array([seconds(lap.begin, lap.end) for lap in laps])
-    model, hardware, tokens, filled, places = (np.array(column, dtype=float) for column in zip(*whole, strict=True))
+    samples, model, hardware, tokens, filled, places = (
+        np.array(column, dtype=float) for column in zip(*whole, strict=True)
+    )
     rates = {
         "seconds_per_step": took,
-        "samples_per_second": run.data.batch / took,
+        "samples_per_second": samples / took,
         "tokens_per_second": tokens / took,
         "data_wait_fraction": np.array([lap.waited for lap in laps]) / took,
         "cpu_seconds_per_step": np.array([lap.cpu for lap in laps]),

@@ -74,10 +74,11 @@ class Record:
         if step % run.logging.every and step not in (1, run.steps):
             return
         ranks = distributed.world_size()
+        seen = self._loader.served(step)
         values: dict[str, Any] = {
-            "samples_seen": step * run.data.batch,
-            "epoch": self._loader.order.epoch(step * run.data.batch),
-            **self._passes(step * run.data.batch),
+            "samples_seen": seen,
+            "epoch": self._loader.order.epoch(seen),
+            **self._passes(seen),
             "task": batches[0].task,
             **mean_losses(self._model, losses, shares),
             **self._queues(step),
@@ -88,7 +89,7 @@ class Record:
         if report.loss_scale is not None:
             values["loss_scale"] = report.loss_scale
         flops = sum(step_flops(self._model, batch).model for batch in batches)
-        values |= self._clock.read(samples_per_step=run.data.batch, ranks=ranks, flops=flops, peak=self._peak)
+        values |= self._clock.read(ranks=ranks, flops=flops, peak=self._peak)
         values["skipped_steps"] = self._skipped
         values["bad_samples"] = self._bad_samples(step)
         if run.logging.sample_keys:
@@ -132,7 +133,7 @@ class Record:
         found = [bad for _, fresh in everyone for bad in fresh]
         for message in self._bad.add(found) if self._bad else ():
             self._monitor.warn(message)
-        data, seen = self._run.data, step * self._run.data.batch
+        data, seen = self._run.data, self._loader.served(step)
         budget = Budget(data.bad_budget, data.bad_always)
         if found and budget.spent(count, seen):
             self.too_many_bad = budget.refusal(count, seen, found[-1], self._setting.out / bad_data.FILE)

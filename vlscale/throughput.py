@@ -26,6 +26,7 @@ class StepClock:
         self._seconds = 0.0
         self._waited = 0.0
         self._steps = 0
+        self._samples = 0
         self._tokens: int | Tensor = 0  # stays on the device until it is read
         self._filled: int | Tensor = 0  # words and regions of the last step, and the places for them
         self._places = 0
@@ -47,6 +48,7 @@ class StepClock:
         """Note one optimizer step and the micro-batches that this rank gave to it."""
         self._seconds += self._lap()
         self._steps += 1
+        self._samples += sum(map(len, batches))
         masks = [mask for batch in batches for mask in batch.masks()]
         self._places = sum(mask.numel() for mask in masks)
         self._filled = _filled(masks)
@@ -58,9 +60,7 @@ class StepClock:
         self._synchronize()
         self._lap()
 
-    def read(
-        self, *, samples_per_step: int, ranks: int, flops: float, peak: float | None
-    ) -> dict[str, float | int | None]:
+    def read(self, *, ranks: int, flops: float, peak: float | None) -> dict[str, float | int | None]:
         """The means since the last `read`, over all ranks; every rank calls this at the same step.
 
         `flops` is what the model needs for one step on one rank, `peak` what one device could do per second
@@ -76,7 +76,7 @@ class StepClock:
         values: dict[str, float | int | None] = {
             "seconds_per_step": seconds,
             "data_wait_fraction": sums["waited"] / sums["seconds"],
-            "samples_per_second": samples_per_step / seconds,
+            "samples_per_second": sums["samples"] * ranks / sums["seconds"],
             "tokens_per_second": sums["tokens"] * ranks / sums["seconds"],
             "padding_fraction": 1 - sums["filled"] / sums["places"] if sums["places"] else 0.0,
             "truncated_fraction": sums["cut"] / sums["texts"] if sums["texts"] else 0.0,
@@ -93,6 +93,7 @@ class StepClock:
             "seconds": self._seconds,
             "waited": self._waited,
             "steps": self._steps,
+            "samples": self._samples,
             "tokens": self._tokens,
             "filled": self._filled,
             "places": self._places,
@@ -116,7 +117,7 @@ class StepClock:
 
     def _restart(self) -> None:
         self._seconds = self._waited = 0.0
-        self._steps = self._places = self._tokens = self._filled = 0
+        self._steps = self._samples = self._places = self._tokens = self._filled = 0
         self._lost = []
 
 

@@ -34,6 +34,10 @@ class Batching(Protocol):
         """The positions of micro-batch `number` (from 0) of this rank in optimizer step `step` (from 1)."""
         ...
 
+    def served(self, step: int) -> int:
+        """How many positions of the stream are used up after `step` (from 0), those that were dropped among them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -67,6 +71,10 @@ class Even:
         """See `Batching`."""
         start = (step - 1) * self._batch + (number * self._world + self._rank) * self._micro_batch
         return np.arange(start, start + self._micro_batch)
+
+    def served(self, step: int) -> int:
+        """See `Batching`."""
+        return step * self._batch
 
 
 class Balanced:
@@ -103,6 +111,10 @@ class Balanced:
         if self._cut[0] != step:
             self._cut = (step, self.micro_batches(step, self._spread.of_all))
         return self._cut[1][self._spread.place(number)]
+
+    def served(self, step: int) -> int:
+        """See `Batching`."""
+        return step * self._batch
 
     def micro_batches(self, step: int, number: int) -> list[Numbers]:
         """The positions of each, the dearest first, if the step is cut into `number`."""
@@ -205,11 +217,20 @@ class TokenBuckets:
 
     def __call__(self, step: int, number: int) -> Numbers:
         """See `Batching`."""
-        batch = (step - 1) * self._spread.of_all + self._spread.place(number)
+        bucket, place = self._find((step - 1) * self._spread.of_all + self._spread.place(number))
+        return self._bucket(bucket)[place]
+
+    def served(self, step: int) -> int:
+        """See `Batching`; of the bucket that it is in, the share of its batches."""
+        bucket, place = self._find(step * self._spread.of_all)
+        return bucket * BUCKET + place * BUCKET // len(self._bucket(bucket))
+
+    def _find(self, batch: int) -> tuple[int, int]:
+        """(bucket, place in it) of a batch, numbered from the start of the stream."""
         while not self._ends or self._ends[-1] <= batch:
             self._ends.append((self._ends or [0])[-1] + len(self._bucket(len(self._ends))))
         bucket = bisect_right(self._ends, batch)
-        return self._bucket(bucket)[batch - (self._ends[bucket - 1] if bucket else 0)]
+        return bucket, batch - (self._ends[bucket - 1] if bucket else 0)
 
     def _bucket(self, number: int) -> list[Numbers]:
         if number not in self._kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import queue
@@ -155,6 +156,7 @@ class Loader:
         self.order = order
         self._batches = _Numbered(make, preprocessing.tasks, batching)
         self._per_step = batching.per_step
+        self._served = copy.deepcopy(batching).served  # of its own: the loader's thread uses the other
         self._workers = workers
         self._fingerprint = shards.fingerprint()
         self.bad_samples = 0
@@ -203,6 +205,10 @@ class Loader:
             raise DataError(loaded.error)
         return loaded.batch
 
+    def served(self, step: int) -> int:
+        """How many positions of the order are used up after `step`."""
+        return self._served(step)
+
     def take_bad(self) -> list[Bad]:
         """The samples that were skipped since the last call, each as often as it was."""
         taken, self._bad = self._bad, []
@@ -250,8 +256,11 @@ def _start_worker(worker: int) -> None:
 
 
 def _one_thread() -> None:
-    """OpenCV without a thread pool of its own: the cores belong to torch and to the workers."""
+    """OpenCV without a thread pool of its own, for the cores belong to torch and to the workers, and without comments
+    on broken pictures, which are named here.
+    """
     cv2.setNumThreads(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def _pinned(loaded: Loaded) -> Loaded:
