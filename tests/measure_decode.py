@@ -1,8 +1,8 @@
 """`python -m tests.measure_decode [--jpegs 'SHARDS/*.tar'] [--workers 0 2]`: our loader beside webdataset and Pillow.
 
 JPEG bytes in a tar to uint8 batches of 224 x 224, the same pictures and the same work on both sides, in processor time
-of all processes of a side (utime and stime of its process tree), start-up left out. Every round of a side is a fresh
-process; rounds are interleaved; medians. Without `--jpegs` pictures are drawn: noise of a 1/f spectrum, quality 85.
+of all processes of a side (utime and stime of its process tree), start-up left out. Every round of a side is a process
+of its own; rounds are interleaved; medians. Without `--jpegs` pictures are drawn: noise of a 1/f spectrum, quality 85.
 With it they are put together of real ones until they have the size. Beside `plain` (resize of the whole picture),
 `crop` (random resized crop and flip) and `augment` (crop, flip, ALBEF's RandAugment) it tells how far our pixels are
 from Pillow's for the same crops, and how much the loader costs over its bare decoding.
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -48,7 +46,7 @@ SIZE, BATCH = 224, 64
 SHAPES = (1.0, 4 / 3, 3 / 2, 3 / 4, 2 / 3, 4 / 3)  # width over height
 COUNT = {256: 600, 512: 300}  # pictures
 SHARDS = 4
-STEPS = {256: 30, 512: 15}  # batches that count, after
+STEPS = {256: 20, 512: 10}  # batches that count, after
 WARM_UP = 4
 CAPTION = "a dog and two cats on a mat"
 WORK: dict[str, dict[str, Any]] = {
@@ -260,9 +258,7 @@ def processor_seconds(root: int) -> float:
 
 def measure_one(side: str, shards: Path, work: str, workers: int) -> dict[str, float]:
     """{processor time, wall time} per picture in microseconds."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    short = int(shards.stem)
+    short = int(shards.name)
     batches = SIDES[side](shards, work, workers)
     for _ in range(WARM_UP):
         next(batches)
@@ -313,10 +309,20 @@ def distance(shards: Path, work: str) -> tuple[float, float]:
     return float(np.mean(found)), max(found)
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.measure_decode", "--one", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def in_a_process(side: str, shards: Path, work: str, workers: int) -> dict[str, float]:
+    """`measure_one` in a fork of this process, which has imported everything and holds no thread."""
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        send.send(measure_one(side, shards, work, workers))
+        os._exit(0)  # without waiting for what is being loaded
+
+    process = fork.Process(target=child)
+    process.start()
+    send.close()
+    result: dict[str, float] = receive.recv()
+    process.join()
     return result
 
 
@@ -327,13 +333,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="*", choices=list(WORK), default=list(WORK))
     parser.add_argument("--short", type=int, nargs="*", choices=list(COUNT), default=list(COUNT))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=4, metavar=("SIDE", "TAR", "WORK", "WORKERS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.one:
-        side, shards, work, workers = given.one
-        print(json.dumps(measure_one(side, Path(shards), work, int(workers))))
-        sys.stdout.flush()
-        os._exit(0)  # without waiting for what is being loaded
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -352,7 +352,7 @@ def report(shards: Path, work: str, workers: int, rounds: int) -> None:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(rounds):
         for side in SIDES:
-            found[side].append(in_a_process(side, str(shards), work, str(workers)))
+            found[side].append(in_a_process(side, shards, work, workers))
     cpu = {side: median(each["cpu"] for each in found[side]) for side in SIDES}
     wall = {side: median(each["wall"] for each in found[side]) for side in SIDES}
     print(

@@ -378,16 +378,22 @@ def _checkpoint_bytes(run: RunConfig) -> int:
 
 
 def _workers(given: int | None) -> int:
+    """Loader processes of a rank."""
     if given is not None:
         return given
     if not torch.cuda.is_available():
         return 0  # the step needs every core itself; decoding overlaps it in a thread
-    return max(1, min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()) - 1))
+    return max(1, min(8, _cores() - 1))  # one is left to the step
 
 
 def _threads() -> None:
     """Share a CPU's cores among the ranks on it."""
     if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
         return
+    torch.set_num_threads(_cores())
+
+
+def _cores() -> int:
+    """A rank's share of the cores that this process may run on, which a scheduler may have cut down to it already."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
