@@ -22,12 +22,12 @@ from vlscale.data.shards import Shards, StoreOptions
 from vlscale.errors import DataError
 
 pytestmark = pytest.mark.slow
-FAULTS = ("", "drop", "", "503", "", "", "429", "drop", "", "stall", "")
+FAULTS = ("", "drop", "", "stall", *("", "503", "", "", "429", "drop", "", "", "drop") * 3)
 SHORT = (
     "steps=8",
     "data.shuffle=windowed",
     "data.window=60",
-    "data.store_timeout=0.3",
+    "data.store_timeout=2",
     "optim.warmup=0",
     "checkpoint.every=100",
 )
