@@ -303,6 +303,8 @@ def test_state(damaged: Shards, shards: Shards, tokenizer: Tokenizer) -> None:
     assert len(json.dumps(state)) < 1_000
     with pytest.raises(DataError, match=r"data.train \(20 samples\) are not those the run began with"):
         make_loader(shards, tokenizer).load_state(state)
+    with pytest.raises(DataError, match="of another version of vlscale"):
+        again.load_state({key: value for key, value in state.items() if key != "order"})
     with pytest.raises(ConfigError, match="seed=5 is not the run's; write seed=11"):
         make_loader(damaged, tokenizer, seed=5).load_state(state)
 

@@ -26,7 +26,7 @@ from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unus
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import CheckpointError, ConfigError, VlscaleError
+from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
@@ -104,13 +104,22 @@ def setup(request: Request) -> Setting:
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
     device = distributed.init()
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
-    told = {"checkpoint to go on from": str(begin and begin.folder), "ds_config": json.dumps(ds, sort_keys=True)}
+    told = {
+        "checkpoint to go on from": str(begin and begin.folder),
+        "ds_config": json.dumps(ds, sort_keys=True),
+        "shards of data.train": f"{train.fingerprint()} ({len(train)} samples)",
+        "shards of data.val": f"{val.fingerprint()} ({len(val)} samples)",
+    }
     distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
     asks, inputs = _asks(run), run.family.inputs
     began = out if begin is None else checkpoint.run_folder(begin)
     read = {"questions": asks, "tags": inputs.tags}
-    kept = _from_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
-    answers = _from_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run))) if asks else ""
+    kept = distributed.by_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
+    answers = (
+        distributed.by_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run)))
+        if asks
+        else ""
+    )
     tokenizer = vocabulary.make_tokenizer(kept, inputs)
     vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))
     preflight.check(
@@ -342,21 +351,6 @@ def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
         if odd:
             raise CheckpointError(f"--resume {request.resume} holds another {what}: {odd}; give its keys")
     return found
-
-
-def _from_rank_0(make: Callable[[], str]) -> str:
-    """What rank 0 makes, on every rank; its mistake is every rank's, so that all end with the same code."""
-    text, failure = "", None
-    if distributed.rank() == 0:
-        try:
-            text = make()
-        except VlscaleError as error:
-            failure = error
-    code, message = distributed.from_rank_0(f"{failure.exit_code} {failure}" if failure else "0 ").split(" ", 1)
-    if code != "0":
-        kinds = {str(kind.exit_code): kind for kind in VlscaleError.__subclasses__()}
-        raise failure or kinds[code](message)
-    return distributed.from_rank_0(text)
 
 
 def _asks(run: RunConfig) -> bool:

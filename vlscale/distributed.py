@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlscale.errors import ConfigError, TrainingError
+from vlscale.errors import ConfigError, TrainingError, VlscaleError
 
 TIMEOUT = timedelta(minutes=30)  # a first compilation or a large checkpoint may keep a rank away
 
@@ -260,6 +260,21 @@ def from_rank_0(value: str) -> str:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_rank_0(make: Callable[[], str]) -> str:
+    """What rank 0 makes, on every rank; its mistake is every rank's, so that all end with the same code."""
+    text, failure = "", None
+    if rank() == 0:
+        try:
+            text = make()
+        except VlscaleError as error:
+            failure = error
+    code, message = from_rank_0(f"{failure.exit_code} {failure}" if failure else "0 ").split(" ", 1)
+    if code != "0":
+        kinds = {str(kind.exit_code): kind for kind in VlscaleError.__subclasses__()}
+        raise failure or kinds[code](message)
+    return from_rank_0(text)
 
 
 def broadcast_(tensor: Tensor) -> None:

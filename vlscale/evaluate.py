@@ -37,7 +37,7 @@ def evaluate(
     found = checkpoint.find(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
     folder = checkpoint.run_folder(found)
     run = config.load(str(folder / run_folder.CONFIG))
-    shards = Shards(list(data)) if data else build.open_shards(run).val
+    shards = Shards(list(data), options=run.data.stores()) if data else build.open_shards(run).val
     tokenizer = Tokenizer(folder / vocabulary.TOKENIZER, run.family.inputs)
     model = load_model(found, run)
     listed = folder / vocabulary.ANSWERS

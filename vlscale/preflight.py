@@ -29,6 +29,8 @@ from vlscale.types import Inputs
 
 ALL_TEXTS = 50_000  # up to so many samples every text is read
 SOME_TEXTS = 1_000  # above, so many drawn ones and the first of each shard
+FETCHED_TEXTS = 100  # of each shard that is looked into, where shards must be fetched
+SHARDS_FETCHED = 4  # at most so many of those
 SHARDS_DECODED = 32  # at most so many shards must show a picture that decodes
 TRIES = 8  # pictures of such a shard
 MAX_UNKNOWN = 0.5  # share of [UNK] above which the vocabulary is not the captions'
@@ -130,7 +132,8 @@ def _regions(shards: Shards, inputs: Inputs, wanted: frozenset[str], i: int) -> 
 
 
 def _some_shards(shards: Shards) -> list[int]:
-    chosen: list[int] = np.unique(np.linspace(0, len(shards.paths) - 1, SHARDS_DECODED).astype(int)).tolist()
+    most = SHARDS_FETCHED if shards.remote else SHARDS_DECODED
+    chosen: list[int] = np.unique(np.linspace(0, len(shards.paths) - 1, most).astype(int)).tolist()
     return chosen
 
 
@@ -193,7 +196,13 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def _looked_at(shards: Shards, seed: int) -> list[int]:
-    """The samples whose texts are read: all, or the first of each shard and some drawn ones."""
+    """The samples whose texts are read: all, or the first of each shard and some drawn ones.
+
+    Of shards that must be fetched, the first of the few that are looked into.
+    """
+    if shards.remote:
+        spans = ((shards.start(n), shards.start(n + 1)) for n in _some_shards(shards))
+        return [i for first, end in spans for i in range(first, min(first + FETCHED_TEXTS, end))]
     if len(shards) <= ALL_TEXTS:
         return list(range(len(shards)))
     firsts = [shards.start(n) for n in range(len(shards.paths))]

@@ -178,8 +178,8 @@ def mean_losses(
     for each, share in zip(losses, shares, strict=True):
         parts = {f"loss/{name}": loss.value * share.get(name, 1.0) for name, loss in each.items()}
         parts["loss"] = model.total(each, share)
-        for loss in each.values():
-            parts |= loss.metrics
+        for name, loss in each.items():
+            parts |= {figure: value * share.get(name, 1.0) for figure, value in loss.metrics.items()}
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double().reshape(())
     return {name: float(value) / passes for name, value in distributed.sum_over_ranks(sums).items()}

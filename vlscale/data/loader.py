@@ -33,6 +33,7 @@ from vlscale.errors import ConfigError, DataError
 from vlscale.types import Batch, Inputs
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
+ORDER = 2  # rises when the same options give another order of samples, with which no run may go on
 PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
 
@@ -217,6 +218,7 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: which data these are; the step tells the place."""
         return {
+            "order": ORDER,
             "fingerprint": self._fingerprint,
             "num_samples": self.order.num_samples,
             "seed": self.order.seed,
@@ -224,7 +226,12 @@ class Loader:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`. DataError if the shards are others, ConfigError if the seed is."""
+        """Go on from `state()`. DataError if the shards or their order are others, ConfigError if the seed is."""
+        if state.get("order", 1) != ORDER:
+            raise DataError(
+                "the checkpoint is of another version of vlscale, which served the samples in another order; go on "
+                "with that version, or begin a new run from its weights with init.weights=CHECKPOINT"
+            )
         if state["seed"] != self.order.seed:
             raise ConfigError(f"seed={self.order.seed} is not the run's; write seed={state['seed']}")
         if state["fingerprint"] != self._fingerprint:

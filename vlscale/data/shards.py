@@ -190,6 +190,7 @@ class Shards:
         made = dict(zip(missing, _each(self._make, missing, True), strict=True))
         heads = [head or made[shard] for shard, head in enumerate(kept)]
         self.paths = [shown(url) for url in urls]  # as they may be printed
+        self.remote = any(scheme(url) or url.startswith(PIPE) for url in urls)  # whether one must be fetched
         self.bytes = sum(origin.stat.size for origin in self._origins)  # as they lie there
         self._packed = np.array([head.packed for head in heads], dtype=bool)
         self._starts = np.cumsum([0, *(head.samples for head in heads)])
