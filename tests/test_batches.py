@@ -51,7 +51,7 @@ def padded(words: Numbers, seen: Numbers) -> int:
 # --- balance -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "per_rank"), [(9_600, 6), (7_680, 8)])  # uniter_base and uniter_large on 8 ranks
+@pytest.mark.parametrize(("batch", "per_rank"), [(3_264, 6), (2_560, 8)])  # uniter_base and uniter_large on 8 ranks
 def test_little_is_padded_and_ranks_carry_the_same(tmp_path: Path, batch: int, per_rank: int) -> None:
     world, pool = 8, 64
     words, seen = uniter_like(pool * batch)
@@ -169,11 +169,30 @@ def test_steps_of_one_source_stay_so(tmp_path: Path) -> None:
     order = Order(sources, 0, mix="step", batch=48)
     shapes = Shapes(Lengths(tmp_path), order, 0, {"all": parse({}, regions=True)}, INPUTS)
     sizes = {"batch": 48, "pool": 16, "runs": 4}
-    one = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), **sizes, firsts=[0, 200])
+    one = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), **sizes)
     found = [order(one.positions(step)) < 200 for step in range(1, 33)]
     assert {bool(each.all()) for each in found} == {True, False}
     assert not any(each.any() and not each.all() for each in found)
     assert sorted(np.concatenate([one.positions(step) for step in range(1, 33)]).tolist()) == list(range(32 * 48))
+
+
+def test_no_sample_stands_twice_in_a_step_and_every_epoch_is_whole(tmp_path: Path) -> None:
+    """A sample and its copy of the next epoch are alike in shape: they must not be dealt together."""
+    shapes = shapes_of(tmp_path, *uniter_like(1_000))
+    one = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), batch=100, pool=64, runs=16)
+    steps = [shapes.order(one.positions(step)).tolist() for step in range(1, 65)]
+    assert all(len(set(step)) == 100 for step in steps)
+    for epoch in range(6):
+        assert len({sample for step in steps[10 * epoch : 10 * epoch + 10] for sample in step}) == 1_000
+    odd = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), batch=300, pool=8, runs=4)  # steps that reach into two epochs
+    found = [odd.positions(step).tolist() for step in range(1, 9)]
+    assert sorted(position for step in found for position in step) == list(range(2_400))
+    assert found[3] == list(range(900, 1_200))
+
+
+def test_a_budget_that_takes_a_whole_bucket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes a whole bucket"):
+        TokenBuckets(shapes_of(tmp_path, *uniter_like(100)), Spread(1, 0, 1, 0), 140 * BUCKET, 140)
 
 
 # --- data.batching=token_buckets ----------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def _batching(run: RunConfig, setting: Setting, model: PretrainModel, per_step: 
         return Shapes(measured, order, run.seed, made.views, inputs)
 
     spread = Spread(per_step, distributed.rank(), distributed.world_size(), run.seed)
-    return make_batching(run.data, spread, made.tasks, setting.sources, lengths, shapes)
+    return make_batching(run.data, spread, made.tasks, lengths, shapes)
 
 
 def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Loader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from vlscale.data.balance import cut, deal
 from vlscale.data.lengths import Lengths, Shapes
 from vlscale.data.options import DataConfig
-from vlscale.data.order import Source, TaskOrder
+from vlscale.data.order import TaskOrder
 from vlscale.data.shuffle import Numbers
 from vlscale.errors import ConfigError
 
@@ -94,15 +94,15 @@ class Balanced:
         batch: int,
         pool: int,
         runs: int,
-        firsts: Sequence[int] = (0,),
     ) -> None:
         """`batch` samples a step, in `runs` runs of samples alike in shape; `tasks` tells what a step pairs.
 
-        Steps are not mixed whose samples are of different parts of the data set, which begin at the samples `firsts`.
+        Steps are mixed only if they have the same sources, each in the same of its epochs (`Order.epochs`): a sample
+        and its copy of the next epoch are alike in shape, and would meet in one step.
         """
         self.per_step = spread.per_step
         self._shapes, self._tasks, self._spread = shapes, tasks, spread
-        self._batch, self._pool, self._runs, self._firsts = batch, pool, runs, np.array(firsts)
+        self._batch, self._pool, self._runs = batch, pool, runs
         self._dealt = (-1, np.empty((0, 0), dtype=np.int64))  # a pool and the positions [pool, batch] of its steps
         self._cut: tuple[int, list[Numbers]] = (-1, [])  # a step and its micro-batches
 
@@ -128,14 +128,22 @@ class Balanced:
             size = self._pool * self._batch
             steps = np.arange(pool * size, (pool + 1) * size).reshape(self._pool, self._batch)
             generator = np.random.default_rng([self._spread.seed, DEAL, pool])
-            parts = np.searchsorted(self._firsts, self._shapes.samples(steps[:, 0]), side="right")
-            for part in np.unique(parts).tolist() if self._pool > 1 else []:
-                positions = steps[parts == part].ravel()
-                dealt = deal(*self._shapes.own(positions), len(positions) // self._batch, self._runs, generator)
-                steps[parts == part] = positions[dealt]
+            for group in self._alike(steps) if self._pool > 1 else []:
+                positions = steps[group].ravel()
+                dealt = deal(*self._shapes.own(positions), len(group), self._runs, generator)
+                steps[group] = positions[dealt]
             self._dealt = (pool, steps)
         positions_of_step: Numbers = self._dealt[1][place]
         return positions_of_step
+
+    def _alike(self, steps: Numbers) -> list[list[int]]:
+        """Of steps [S, batch], groups of those that have the same epochs of the same sources, and no source in two."""
+        found: dict[bytes, list[int]] = {}
+        for number, (sources, epochs) in enumerate(zip(*self._shapes.order.epochs(steps), strict=True)):
+            pairs = np.unique(np.stack([sources, epochs]), axis=1)
+            if len(np.unique(pairs[0])) == pairs.shape[1]:
+                found.setdefault(pairs.tobytes(), []).append(number)
+        return list(found.values())
 
     def longest(self, step: int) -> int:
         """Words and regions of the longest sample of a step."""
@@ -153,7 +161,6 @@ def make_batching(
     data: DataConfig,
     spread: Spread,
     tasks: TaskOrder,
-    sources: Sequence[Source],
     lengths: Callable[[], Lengths],
     shapes: Callable[[Lengths], Shapes],
 ) -> Batching:
@@ -165,9 +172,8 @@ def make_batching(
         return Even(data.batch, data.batch // spread.of_all, spread.rank, spread.world)
     measured = lengths()
     if data.batching == "cost":
-        firsts = [source.first for source in sources] if data.mix == "step" else [0]
         sizes = {"batch": data.batch, "pool": data.pool, "runs": data.shapes}
-        return Balanced(shapes(measured), tasks, spread, **sizes, firsts=firsts)
+        return Balanced(shapes(measured), tasks, spread, **sizes)
     assert data.tokens is not None, "DataConfig asks for it"
     return TokenBuckets(shapes(measured), spread, data.tokens, measured.longest() - SPECIAL)
 
@@ -203,8 +209,13 @@ class TokenBuckets:
     def __init__(self, shapes: Shapes, spread: Spread, tokens: int, longest: int) -> None:
         """At most `tokens` in a micro-batch; `longest` is the longest sample's length. Neither counts [CLS] and [SEP].
 
-        ConfigError if `MULTIPLE` samples of that length exceed it.
+        ConfigError if `MULTIPLE` samples of that length exceed it, or a bucket does not.
         """
+        if tokens >= longest * BUCKET:
+            raise ConfigError(
+                f"data.tokens={tokens} takes a whole bucket of {BUCKET} samples, whose last batch is left out; write "
+                f"less than {longest * BUCKET}, or data.batching=cost"
+            )
         if longest * MULTIPLE > tokens:
             raise ConfigError(
                 f"data.tokens={tokens} is less than {MULTIPLE} samples of {longest} words and regions take, the "

@@ -26,6 +26,7 @@ from vlscale.data.arrays import read_arrays, read_header
 from vlscale.data.augment import KeepRatio
 from vlscale.data.decode import picture_size
 from vlscale.data.detections import BY_REGION
+from vlscale.data.order import Order
 from vlscale.data.parallel import cores, ordered
 from vlscale.data.philox import ManyDraws
 from vlscale.data.phrases import Texts
@@ -214,19 +215,15 @@ class Shapes:
     def __init__(
         self,
         lengths: Lengths,
-        order: Callable[[Numbers], Numbers],
+        order: Order,
         seed: int,
         views: Mapping[str, Views],
         inputs: Inputs,
     ) -> None:
         """`order` and `seed` as the loader's, `views` by task."""
-        self._lengths, self._order, self._seed, self._views = lengths, order, seed, views
+        self._lengths, self.order, self._seed, self._views = lengths, order, seed, views
         self._tags, self._longest = inputs.tags, inputs.text_length
         self._asks = any(each.answers for each in views.values())
-
-    def samples(self, positions: Numbers) -> Numbers:
-        """The numbers [N] of the samples at positions."""
-        return self._order(positions)
 
     def own(self, positions: Numbers) -> tuple[Numbers, Numbers]:
         """(words [N], seen [N]) where every sample keeps its own: what is known before the task is."""
@@ -237,7 +234,7 @@ class Shapes:
         return self._shapes(positions, self._views[task], self._views[task].answers is not None)
 
     def _shapes(self, positions: Numbers, views: Views, questions: bool) -> tuple[Numbers, Numbers]:
-        own = self._order(positions)
+        own = self.order(positions)
         words = tags = picture = foreign = own
         told = np.zeros(len(own), dtype=bool)  # whose tags are another's words
         if views.mismatch:

@@ -57,6 +57,11 @@ class DataConfig:
             raise ConfigError("data.tokens needs batches of unequal numbers; write data.batching=cost, or leave it out")
         if self.tokens is None and self.batching == "token_buckets":
             raise ConfigError("data.batching=token_buckets fills a budget; write data.tokens=10240, as UNITER-base has")
+        if self.micro_batch is None and self.batching == "token_buckets":
+            raise ConfigError(
+                "data.batching=token_buckets fills data.batch / data.micro_batch micro-batches a step; write "
+                "data.micro_batch=N too, what a micro-batch has on average"
+            )
         if self.tokens is not None and self.micro_batch is not None and self.batching == "cost":
             raise ConfigError("data.tokens and data.micro_batch both say how large a micro-batch is; leave out one")
         if self.mix == "step" and self.batching == "token_buckets":

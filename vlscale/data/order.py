@@ -100,6 +100,13 @@ class Order:
         """How often as many samples as there are have gone before `position`."""
         return position // self.num_samples
 
+    def epochs(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """(source [N], how often that source was gone through before [N]) at positions; without weights all are one."""
+        if self._turns is None:
+            return np.zeros_like(positions), positions // self.num_samples
+        source, within = self._dealt(positions)
+        return source, within // np.array([each.count for each in self.sources])[source]
+
     def passes(self, position: int) -> dict[str, float]:
         """{source: how often it was gone through} in the positions before `position`."""
         if self._turns is None:
