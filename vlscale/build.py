@@ -36,8 +36,6 @@ from vlscale.recompute import set_activation_checkpointing
 from vlscale.types import Batch
 from vlscale.weights import init_towers, init_whole, owners
 
-FEW = 32  # validation samples whose texts are read at the start
-
 
 @dataclass(frozen=True)
 class Request:
@@ -134,11 +132,7 @@ def setup(request: Request) -> Setting:
         questions=asks,
         bad_budget=run.data.bad_budget,
     )
-    preflight.check_count(val, 1)
-    preflight.check_members(val, run.family.inputs)
-    if inputs.image_size:
-        preflight.check_pictures(val, range(1))
-    preflight.check_texts(val, range(min(len(val), FEW)), tokenizer, run.text.kept_words, asks)
+    preflight.check_held_out(val, tokenizer, inputs, run.text.kept_words, asks)
     noted: tuple[str, ...] = ()
     if distributed.rank() == 0:
         noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))

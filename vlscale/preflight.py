@@ -29,6 +29,7 @@ from vlscale.types import Inputs
 
 ALL_TEXTS = 50_000  # up to so many samples every text is read
 SOME_TEXTS = 1_000  # above, so many drawn ones and the first of each shard
+HELD_OUT_TEXTS = 32  # of the validation samples
 FETCHED_TEXTS = 100  # of each shard that is looked into, where shards must be fetched
 SHARDS_FETCHED = 4  # at most so many of those
 SHARDS_DECODED = 32  # at most so many shards must show a picture that decodes
@@ -76,6 +77,17 @@ def check(
         check_regions(shards, looked_at, inputs, inputs.fields, bad_budget)
     check_texts(shards, looked_at, tokenizer, max_words, questions, bad_budget)
     return Report(len(shards), len(shards.paths), time.monotonic() - began)
+
+
+def check_held_out(
+    shards: Shards, tokenizer: Tokenizer, inputs: Inputs, max_words: int, questions: bool = False
+) -> None:
+    """Whether validation shards can be used, by their first samples; raises as `check`."""
+    check_count(shards, 1)
+    check_members(shards, inputs)
+    if inputs.image_size:
+        check_pictures(shards, range(1))
+    check_texts(shards, range(min(len(shards), HELD_OUT_TEXTS)), tokenizer, max_words, questions)
 
 
 def check_count(shards: Shards, batch: int) -> None:
