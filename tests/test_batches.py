@@ -52,10 +52,11 @@ def padded(words: Numbers, seen: Numbers) -> int:
 
 
 @pytest.mark.parametrize(("batch", "per_rank"), [(3_264, 6), (2_560, 8)])  # uniter_base and uniter_large on 8 ranks
-def test_little_is_padded_and_ranks_carry_the_same(tmp_path: Path, batch: int, per_rank: int) -> None:
+@pytest.mark.parametrize("mismatch", [False, True])
+def test_little_is_padded_and_ranks_carry_the_same(tmp_path: Path, batch: int, per_rank: int, mismatch: bool) -> None:
     world, pool = 8, 64
     words, seen = uniter_like(pool * batch)
-    shapes = shapes_of(tmp_path, words, seen)
+    shapes = shapes_of(tmp_path, words, seen, mismatch=mismatch)
     balanced = Balanced(shapes, ONE_TASK, Spread(per_rank, 0, world, 0), batch=batch, pool=pool, runs=16)
     useful = paid = 0
     for step in (1, 17, 40, 64):

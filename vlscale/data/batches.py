@@ -97,8 +97,8 @@ class Balanced:
     ) -> None:
         """`batch` samples a step, in `runs` runs of samples alike in shape; `tasks` tells what a step pairs.
 
-        Steps are mixed only if they have the same sources, each in the same of its epochs (`Order.epochs`): a sample
-        and its copy of the next epoch are alike in shape, and would meet in one step.
+        Steps are mixed only if they have the same task and the same sources, each in the same of its epochs
+        (`Order.epochs`): a sample and its copy of the next epoch are alike in shape, and would meet in one step.
         """
         self.per_step = spread.per_step
         self._shapes, self._tasks, self._spread = shapes, tasks, spread
@@ -128,22 +128,26 @@ class Balanced:
             size = self._pool * self._batch
             steps = np.arange(pool * size, (pool + 1) * size).reshape(self._pool, self._batch)
             generator = np.random.default_rng([self._spread.seed, DEAL, pool])
-            for group in self._alike(steps) if self._pool > 1 else []:
+            for group, task in self._alike(pool, steps) if self._pool > 1 else []:
                 positions = steps[group].ravel()
-                dealt = deal(*self._shapes.own(positions), len(group), self._runs, generator)
+                dealt = deal(*self._shapes(positions, task), len(group), self._runs, generator)
                 steps[group] = positions[dealt]
             self._dealt = (pool, steps)
         positions_of_step: Numbers = self._dealt[1][place]
         return positions_of_step
 
-    def _alike(self, steps: Numbers) -> list[list[int]]:
-        """Of steps [S, batch], groups of those that have the same epochs of the same sources, and no source in two."""
-        found: dict[bytes, list[int]] = {}
+    def _alike(self, pool: int, steps: Numbers) -> list[tuple[list[int], str]]:
+        """Of the steps [S, batch] of a pool, those of one task and of the same epochs of the same sources, with the task.
+
+        A step that is in two epochs of a source is in no group.
+        """
+        found: dict[tuple[str, bytes], list[int]] = {}
         for number, (sources, epochs) in enumerate(zip(*self._shapes.order.epochs(steps), strict=True)):
             pairs = np.unique(np.stack([sources, epochs]), axis=1)
             if len(np.unique(pairs[0])) == pairs.shape[1]:
-                found.setdefault(pairs.tobytes(), []).append(number)
-        return list(found.values())
+                task = self._tasks(pool * self._pool + number + 1)
+                found.setdefault((task, pairs.tobytes()), []).append(number)
+        return [(group, task) for (task, _), group in found.items()]
 
     def longest(self, step: int) -> int:
         """Words and regions of the longest sample of a step."""
