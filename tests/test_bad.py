@@ -72,6 +72,8 @@ def test_a_budget_of_few_and_of_many() -> None:
     assert budget.spent(bad=101, seen=10_000)
     assert not budget.spent(bad=500_000, seen=100_000_000)
     assert Budget(share=0.0, always=0).spent(bad=1, seen=10**9)
+    assert "write a larger data.bad_always and go on" in budget.refusal(101, 10_000, bad(1), Path(FILE))
+    assert "write a larger data.bad_budget and go on" in budget.refusal(102, 10_001, bad(1), Path(FILE))
 
 
 # --- a whole run -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 
 from tests.shard_files import INPUTS, make_tokenizer, sample, shared, write_samples, write_tar
 from vlscale import preflight
+from vlscale.data.bad import Budget
 from vlscale.data.phrases import every_text
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer, build_vocabulary, write_vocabulary
@@ -52,9 +53,25 @@ def test_unusable_samples_are_named(tmp_path: Path, special: Any, says: str) -> 
 
 def test_a_share_of_broken_samples_is_left_to_the_loader(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, {7: sample(7, "?!"), 8: sample(8)[1:]})
-    assert run(tmp_path, shards, bad_budget=0.1).samples == 12
-    with pytest.raises(DataError, match=r"sample 's007' .* nothing but punctuation"):
-        run(tmp_path, make_shards(tmp_path, {7: sample(7, "?!"), 9: sample(9, "")}), bad_budget=0.1)
+    assert run(tmp_path, shards, budget=Budget(0.1, 0)).samples == 12
+    more = make_shards(tmp_path, {7: sample(7, "?!"), 9: sample(9, ""), 11: sample(11, "")})
+    says = (
+        r"3 of the 12 samples looked at cannot be used, more than data\.bad_budget=0\.1 allows; the first: sample "
+        r"'s007' .* nothing but punctuation; .* write data\.bad_budget=0\.25$"
+    )
+    with pytest.raises(DataError, match=says):
+        run(tmp_path, more, budget=Budget(0.1, 0))
+    assert run(tmp_path, more, budget=Budget(0.25, 0)).samples == 12
+    with pytest.raises(DataError, match=r"3 of the 12 .*, more than data\.bad_always=2 allows"):
+        run(tmp_path, more, budget=Budget(0.1, 2))
+    assert run(tmp_path, more, budget=Budget(0.0, 3)).samples == 12
+
+
+@pytest.mark.parametrize("broken", [lambda i: sample(i, ""), lambda i: sample(i)[:1], lambda i: sample(i)[1:]])
+def test_where_all_that_come_first_are_broken_no_budget_helps(tmp_path: Path, broken: Any) -> None:
+    for numbers in (range(5), range(5, 10), range(12)):
+        with pytest.raises(DataError, match=r"none of the first 5 samples of a shard can be used; the last: sample"):
+            run(tmp_path, make_shards(tmp_path, {i: broken(i) for i in numbers}), budget=Budget(1.0, 100))
 
 
 def test_one_broken_picture_is_left_to_the_loader(tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ def test_the_same_run_goes_on(out: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=7", "logging.every=3", "logging.sample_keys=true", "evaluation.every=0", "evaluation.limit=3"],
+    [
+        *("steps=7", "logging.every=3", "logging.sample_keys=true", "evaluation.every=0", "evaluation.limit=3"),
+        *("data.workers=3", "data.bad_budget=0.5", "data.bad_always=7"),
+    ],
 )
 def test_what_may_change(out: Path, override: str) -> None:
     run_folder.check(out, tree(override), "auto")
@@ -68,6 +71,11 @@ def test_another_run_is_refused_with_the_keys(out: Path, override: str, says: st
     assert caught.value.exit_code == 2
     assert says in str(caught.value)
     assert "give another --out" in str(caught.value)
+
+
+def test_the_way_to_another_micro_batch_is_told(out: Path) -> None:
+    with pytest.raises(ConfigError, match=r"go on with --resume CHECKPOINT --out NEW$"):
+        run_folder.check(out, tree("data.micro_batch=32"), "auto")
 
 
 def test_only_some_keys_are_asked_for(out: Path) -> None:

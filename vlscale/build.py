@@ -17,6 +17,7 @@ from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out, scenes
 from vlscale.data import views as view_data
+from vlscale.data.bad import Budget
 from vlscale.data.batches import Batching, Even, Spread, fewest, make_batching
 from vlscale.data.lengths import Lengths, Reading, Shapes, measure
 from vlscale.data.loader import Loader, Preprocessing
@@ -120,6 +121,7 @@ def setup(request: Request) -> Setting:
     )
     tokenizer = vocabulary.make_tokenizer(kept, inputs)
     vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))
+    budget = Budget(run.data.bad_budget, run.data.bad_always)
     preflight.check(
         train,
         tokenizer,
@@ -130,9 +132,9 @@ def setup(request: Request) -> Setting:
         checkpoint_bytes=_checkpoint_bytes(run),
         keep=run.checkpoint.keep,
         questions=asks,
-        bad_budget=run.data.bad_budget,
+        budget=budget,
     )
-    preflight.check_held_out(val, tokenizer, inputs, run.text.kept_words, asks)
+    preflight.check_held_out(val, tokenizer, inputs, run.text.kept_words, asks, budget)
     noted: tuple[str, ...] = ()
     if distributed.rank() == 0:
         noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))
@@ -241,7 +243,7 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
     inputs = run.family.inputs
     if inputs.regions:
         for shards in (setting.train, setting.val):
-            preflight.check_regions(shards, range(min(len(shards), 1)), inputs, model.fields())
+            preflight.check_regions(shards, (), inputs, model.fields())
     micro_batch = setting.ds["train_micro_batch_size_per_gpu"]
     if usual_task(model.family) == "pretext":  # retrieval makes do with any number
         held_out.sizes(min(len(setting.val), run.evaluation.limit), micro_batch, distributed.world_size())

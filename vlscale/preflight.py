@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.bad import Budget
 from vlscale.data.phrases import read_sentences
 from vlscale.data.samples import (
     PICTURE_FIELDS,
@@ -58,13 +60,13 @@ def check(
     keep: int,
     questions: bool = False,
     seed: int = 0,
-    bad_budget: float = 0.0,
+    budget: Budget | None = None,
 ) -> Report:
     """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
 
     No shard and no member may be empty, samples must number at least `batch`, pictures decode, captions hold
-    words that the vocabulary knows; of the samples that are looked at, `bad_budget` (a share) may be broken, as in
-    training. DataError or ConfigError names the first thing that is wrong.
+    words that the vocabulary knows; of the samples that are looked at, as many may be broken as `budget` allows in
+    training (None: none). DataError or ConfigError names the first thing that is wrong.
     """
     began = time.monotonic()
     check_disk(out, (keep + 1) * checkpoint_bytes)
@@ -72,22 +74,28 @@ def check(
     check_members(shards, inputs)
     looked_at = _looked_at(shards, seed)
     if inputs.image_size:
-        check_pictures(shards, looked_at, bad_budget)
+        check_pictures(shards, looked_at, budget)
     if inputs.regions:
-        check_regions(shards, looked_at, inputs, inputs.fields, bad_budget)
-    check_texts(shards, looked_at, tokenizer, max_words, questions, bad_budget)
+        check_regions(shards, looked_at, inputs, inputs.fields, budget)
+    check_texts(shards, looked_at, tokenizer, max_words, questions, budget)
     return Report(len(shards), len(shards.paths), time.monotonic() - began)
 
 
 def check_held_out(
-    shards: Shards, tokenizer: Tokenizer, inputs: Inputs, max_words: int, questions: bool = False
+    shards: Shards,
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    max_words: int,
+    questions: bool = False,
+    budget: Budget | None = None,
 ) -> None:
     """Whether validation shards can be used, by their first samples; raises as `check`."""
     check_count(shards, 1)
     check_members(shards, inputs)
+    looked_at = range(min(len(shards), HELD_OUT_TEXTS))
     if inputs.image_size:
-        check_pictures(shards, range(1))
-    check_texts(shards, range(min(len(shards), HELD_OUT_TEXTS)), tokenizer, max_words, questions)
+        check_pictures(shards, looked_at, budget)
+    check_texts(shards, looked_at, tokenizer, max_words, questions, budget)
 
 
 def check_count(shards: Shards, batch: int) -> None:
@@ -119,28 +127,43 @@ def check_members(shards: Shards, inputs: Inputs) -> None:
         )
 
 
-def check_pictures(shards: Shards, looked_at: Sequence[int], bad_budget: float = 0.0) -> None:
-    """DataError for samples without a picture, or a shard whose first pictures do not decode."""
+def check_pictures(shards: Shards, looked_at: Sequence[int], budget: Budget | None = None) -> None:
+    """DataError for too many samples without a picture, or a shard whose first pictures do not decode."""
     without = [i for i in looked_at if picture_field(shards.fields(i)) is None]
-    if len(without) > bad_budget * len(looked_at):
-        picture(shards, without[0])  # raises the sentence that names it
     for n in _some_shards(shards):
         _one_can_be_read(shards, n, partial(picture, shards))
+    _check_number(without, len(looked_at), budget, partial(picture, shards))
 
 
 def check_regions(
-    shards: Shards, looked_at: Sequence[int], inputs: Inputs, wanted: frozenset[str], bad_budget: float = 0.0
+    shards: Shards, looked_at: Sequence[int], inputs: Inputs, wanted: frozenset[str], budget: Budget | None = None
 ) -> None:
-    """DataError for samples without regions, or a shard whose first ones cannot be used or lack a `wanted` field."""
+    """DataError for too many samples without regions, or a shard whose first are broken or lack a `wanted` field."""
     without = [i for i in looked_at if REGION_FIELD not in shards.fields(i)]
-    if len(without) > bad_budget * len(looked_at):
-        regions(shards, without[0], inputs, wanted)  # raises the sentence that names it
     for n in _some_shards(shards):
         _one_can_be_read(shards, n, partial(_regions, shards, inputs, wanted))
+    _check_number(without, len(looked_at), budget, partial(_regions, shards, inputs, wanted))
 
 
 def _regions(shards: Shards, inputs: Inputs, wanted: frozenset[str], i: int) -> None:
     regions(shards, i, inputs, wanted)
+
+
+def _check_number(broken: Sequence[int], looked_at: int, budget: Budget | None, read: Callable[[int], object]) -> None:
+    """DataError if these samples, at which `read` raises, are more than the budget allows of those looked at."""
+    if not broken or (budget and not budget.spent(len(broken), looked_at)):
+        return
+    try:
+        read(broken[0])
+    except BrokenSampleError as error:
+        if budget is None:
+            raise
+        key, value = budget.limit(looked_at)
+        enough = math.ceil(1_000 * len(broken) / looked_at) / 1_000
+        raise DataError(
+            f"{len(broken)} of the {looked_at} samples looked at cannot be used, more than {key}={value:g} allows; "
+            f"the first: {error}; make the shards again without such samples, or write data.bad_budget={enough:g}"
+        ) from error
 
 
 def _some_shards(shards: Shards) -> list[int]:
@@ -169,23 +192,25 @@ def check_texts(
     tokenizer: Tokenizer,
     max_words: int,
     questions: bool = False,
-    bad_budget: float = 0.0,
+    budget: Budget | None = None,
 ) -> None:
-    """DataError for captions that are missing or empty, ConfigError if the vocabulary knows too few words."""
+    """DataError for too many captions that are missing or empty, or a shard whose first ones are; ConfigError if the
+    vocabulary knows too few words.
+    """
     known: list[NDArray[np.bool_]] = []
-    broken: list[BrokenSampleError] = []
+    broken: list[int] = []
+    read = partial(read_sentences, shards, max_words=max_words, questions=questions)
+    for n in _some_shards(shards) if budget else ():
+        _one_can_be_read(shards, n, read)
     for i in looked_at:
         try:
-            texts = read_sentences(shards, i, max_words, questions)
-        except BrokenSampleError as error:
-            broken.append(error)
-            if len(broken) > bad_budget * len(looked_at):
-                raise broken[0] from error
+            texts = read(i)
+        except BrokenSampleError:
+            broken.append(i)
             continue
         if len(known) < SOME_TEXTS:
             known += [tokenizer.encode(words.text)[1:] != tokenizer.unk for words in texts]
-    if broken and not known:
-        raise broken[0]
+    _check_number(broken, len(looked_at), budget if known else None, read)
     unknown = 1 - float(np.concatenate(known).mean())
     if unknown > MAX_UNKNOWN:
         raise ConfigError(

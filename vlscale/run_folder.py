@@ -21,7 +21,10 @@ from vlscale.errors import ConfigError
 
 CONFIG = "config.yaml"
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
-MAY_CHANGE = ("steps", "logging", "evaluation", "data.bad_budget", "data.bad_always", *STORES)  # leave a run the same
+LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
+MAY_CHANGE = ("steps", "logging", "evaluation", *LOADING)  # leave a run the same
+
+CUT = "data.micro_batch"
 
 
 def default_name(recipe: str) -> Path:
@@ -43,7 +46,8 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         raise ConfigError(f"--out {out} holds a run already and --resume never was given; give another --out")
     differ = differing(out, configuration)
     if differ:
-        raise ConfigError(f"--out {out} holds another run: {differ}; give another --out or the same keys")
+        cut = "; to cut its steps otherwise, go on with --resume CHECKPOINT --out NEW" if CUT in differ else ""
+        raise ConfigError(f"--out {out} holds another run: {differ}; give another --out or the same keys{cut}")
 
 
 def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...] = ()) -> str:

@@ -75,10 +75,15 @@ class Budget:
         """Whether `bad` skipped ones are too many where `seen` were served."""
         return bad > max(self.always, self.share * seen)
 
+    def limit(self, seen: int) -> tuple[str, float]:
+        """The key that allows most where `seen` were served, and its value."""
+        share = ("data.bad_budget", self.share)
+        return share if self.share * seen > self.always else ("data.bad_always", self.always)
+
     def refusal(self, bad: int, seen: int, last: Bad, file: Path) -> str:
         """The sentence that ends the run."""
         return (
             f"{bad} samples had to be skipped while {seen} were served, more than data.bad_budget={self.share:g} and "
             f"data.bad_always={self.always} allow; the last: {BrokenSampleError(*last)}; "
-            f"{file} names each: mend or leave out those shards, or write a larger data.bad_budget and go on"
+            f"{file} names each: mend or leave out those shards, or write a larger {self.limit(seen)[0]} and go on"
         )
