@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import pytest
 from tests.shard_files import Members, make_tokenizer, png, write_tar
 from vlscale.data.augment import KeepRatio
 from vlscale.data.detections import Detections, write_regions
-from vlscale.data.lengths import Reading, Shapes, measure, region_count
+from vlscale.data.lengths import Lengths, Measured, Reading, Shapes, measure, measure_one, region_count
 from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.order import Draws, Order, Source, TaskOrder
 from vlscale.data.philox import ManyDraws
@@ -143,6 +147,37 @@ def test_measured_once_for_the_same_question(
     sent = pickle.dumps(first)
     assert len(sent) < 1000, "the arrays stay in their files"
     assert np.array_equal(pickle.loads(sent).seen, first.seen)
+
+
+@pytest.mark.parametrize("left", [0, 40, 130])
+def test_what_a_dead_node_left_is_measured_again(
+    shards: Shards, tokenizer: Tokenizer, tmp_path: Path, left: int
+) -> None:
+    first = measure(shards, tokenizer, "", Reading(INPUTS, 0), tmp_path).seen.tolist()
+    os.truncate(next(tmp_path.glob("*/seen.npy")), left)
+    assert measure(shards, tokenizer, "", Reading(INPUTS, 0), tmp_path).seen.tolist() == first
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_the_faster_of_two_wins(
+    shards: Shards, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    def beside(*of: Any) -> Measured:
+        if not told:
+            told.append(True)
+            told.append(measure(shards, tokenizer, "", Reading(INPUTS, 0), tmp_path))
+        return measure_one(*of)
+
+    told: list[object] = []
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr("vlscale.data.lengths.measure_one", beside)
+    slower = measure(shards, tokenizer, "", Reading(INPUTS, 0), tmp_path)
+    assert isinstance(told[1], Lengths)
+    assert slower.texts.tolist() == told[1].texts.tolist()
+    assert len([each for each in tmp_path.iterdir() if each.is_dir()]) == 1
 
 
 def _measure_beside(shards: Shards, tokenizer: Tokenizer, cache: Path, out: multiprocessing.Queue[list[int]]) -> None:

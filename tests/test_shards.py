@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import bz2
+import errno
+import gc
 import gzip
 import os
 import pickle
+import tempfile
 import threading
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tests.shard_files import png, sample, shared, write_samples, write_tar
 from vlscale.data import access
 from vlscale.data import shards as shards_module
 from vlscale.data.decode import decode, picture_size, resize
+from vlscale.data.indexing import index
 from vlscale.data.phrases import every_text
 from vlscale.data.samples import BrokenSampleError, picture, sentences
 from vlscale.data.shards import Shards, expand
@@ -57,7 +61,27 @@ def test_the_index_is_cached_and_a_stale_one_noticed(tmp_path: Path, monkeypatch
     assert again.read(0) == {"txt": b"1"}
     write_tar(path, [("one.txt", b"1"), ("two.txt", b"22")])
     assert Shards(path, cache).read(1) == {"txt": b"22"}
-    assert len(list(cache.iterdir())) == 1
+
+
+def test_copies_of_other_times_keep_indexes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLSCALE_CACHE", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar", [("one.txt", b"1")])
+    for _ in range(2):  # two nodes that share a cache start by turns
+        for second in (1000, 2000):
+            os.utime(path, (second, second))
+            Shards(path)
+    inodes = {file.name: file.stat().st_ino for file in (tmp_path / "cache" / "index").iterdir()}
+    assert len(inodes) == 2
+    os.utime(path, (1000, 1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_scan", lambda access, origin: pytest.fail("scanned again"))
+        Shards(path)
+    os.utime(path, (3000, 3000))
+    assert [each.was for each in index(path)] == ["stale"]
+    assert [each.was for each in index(path)] == ["kept"]
+    left = {file.name: file.stat().st_ino for file in (tmp_path / "cache" / "index").iterdir()}
+    assert len(left) == 1
+    assert not left.keys() & inodes.keys()
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04 a torn zip"])
@@ -69,11 +93,23 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes) -> None:
     assert Shards(path, tmp_path / "cache").read(0) == {"txt": b"1"}
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [("one.txt", b"1")])
+def test_where_the_cache_cannot_be_written_indexes_lie_in_a_folder_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_tar(tmp_path / f"{name}.tar", [(f"{name}.txt", name.encode())]) for name in "ab"]
     (tmp_path / "file").write_text("not a folder")
-    shards = Shards(path, tmp_path / "file" / "cache")
-    assert pickle.loads(pickle.dumps(shards)).read(0) == {"txt": b"1"}
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "own"))
+    shards = Shards(paths, tmp_path / "file" / "cache")
+    again = Shards(paths[0], tmp_path / "file" / "cache")
+    assert [record.message.count("VLSCALE_CACHE") for record in caplog.records] == [1]
+    with monkeypatch.context() as patch:  # other processes map what this one has written
+        patch.setattr(shards_module, "_scan", lambda access, origin: pytest.fail("scanned again"))
+        assert pickle.loads(pickle.dumps(shards)).read(1) == {"txt": b"b"}
+    assert len(list((tmp_path / "own").glob("*/*.index"))) == 3
+    del shards, again
+    gc.collect()
+    assert not list((tmp_path / "own").iterdir())
 
 
 def test_a_cache_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
@@ -174,6 +210,33 @@ def test_a_shard_that_is_another_is_named(tmp_path: Path) -> None:
         os.truncate(path, os.path.getsize(path) if members else 1000)
         with pytest.raises(DataError, match=rf"a.tar {says}"):
             shards.read(0)
+
+
+def test_a_shard_that_was_written_over_at_its_size_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("one.txt", bytes(5000))])
+    shards = Shards(path, tmp_path / "cache")
+    assert shards.read(0) == {"txt": bytes(5000)}
+    write_tar(path, [("two.json", bytes(5000))])
+    with pytest.raises(DataError, match=r"a.tar changed while it was in use"):
+        shards.read(0)
+
+
+@pytest.mark.parametrize("call", ["pread", "fstat"])
+def test_a_file_system_that_fails_is_the_shards_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("one.txt", b"1")])
+    shards = Shards(path, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(DataError, match=r"a.tar cannot be read \(Input/output error\)"):
+            shards.read(0)
+        with pytest.raises(DataError, match=r"a.tar cannot be read \(Input/output error\)"):
+            Shards(path, tmp_path / "another")
+
+
+def fail(*_: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_reading_from_threads_a_pickle_and_more_shards_than_open_files(

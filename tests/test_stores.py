@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import logging
 import os
@@ -185,9 +187,27 @@ def test_nobody_prints_a_secret(store: Store, local: Shards, caplog: pytest.LogC
         Shards("http://me:hidden@127.0.0.1:9/x.tar?key=hidden", options=StoreOptions(patience=0.1))
     with pytest.raises(ConfigError) as piped:
         expand("pipe:curl -H hidden")
-    said = [str(error.value) for error in (away, refused, unreachable, piped)]
+    with pytest.raises(ConfigError) as malformed:
+        expand("https://me:hidden@[::1/x.tar?key=hidden")
+    said = [str(error.value) for error in (away, refused, unreachable, piped, malformed)]
     assert not any("hidden" in text for text in [*said, *shards.paths, shards.shard(0), caplog.text])
     assert shown("s3://bucket/a.tar") == "s3://bucket/a.tar"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("AWS_SECRET=hidden aws s3 cp x -", "aws ..."),
+        ("A='not hidden' B=\"so hidden\"\tcurl x", "curl ..."),
+        ("curl\t-H\thidden", "curl ..."),
+        ("KEY=hidden", " ..."),
+        ("KEY='hidden", " ..."),
+        ("zcat a.gz", "zcat ..."),
+        ("", " ..."),
+    ],
+)
+def test_a_command_is_told_without_its_arguments(command: str, says: str) -> None:
+    assert shown(f"pipe:{command}") == f"pipe:{says}"
 
 
 def test_many_readers_fetch_a_shard_once(store: Store, local: Shards) -> None:
@@ -284,6 +304,91 @@ def test_a_full_disk_is_read_past(store: Store, local: Shards, tmp_path: Path, m
         file.unlink()
     assert everything(shards) == everything(local)
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+
+
+def test_parts_that_others_write_take_their_room(
+    store: Store, local: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = os.path.getsize(local.paths[0])
+    folder = tmp_path / "cache" / "shards"
+    folder.mkdir(parents=True)
+    with open(folder / f"other-{10 * size}.part", "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 * size))
+        shards = Shards(f"{store.url}/s/part-000.tar", options=CACHED)
+        assert shards.read(0) == local.read(0)
+        assert not list(folder.glob("*.tar"))
+
+
+def test_a_disk_that_fills_meanwhile_is_read_past(
+    store: Store, local: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(descriptor: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(access, "_write", write)
+    shards = Shards(f"{store.url}/s/part-{{000..002}}.tar", options=CACHED)
+    assert everything(shards) == everything(local)
+    assert [file.suffix for file in (tmp_path / "cache" / "shards").iterdir()] == [".lock"]
+
+
+def test_what_other_users_left_in_a_cache_is_passed_over(
+    store: Store, local: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "shards"
+    Shards(f"{store.url}/s/part-000.tar", options=CACHED)
+    assert (folder / "room.lock").stat().st_mode & 0o777 == 0o666
+    whole = next(folder.glob("*.tar"))
+    assert whole.stat().st_mode & 0o777 == 0o644
+    part = whole.rename(whole.with_suffix(".part"))
+    os.truncate(part, 100)
+    opened, removed = os.open, Path.unlink
+
+    def refuse(path: str | Path, flags: int, *mode: int) -> int:
+        if Path(path) == part and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, flags, *mode)
+
+    def keep(path: Path, missing_ok: bool = False) -> None:
+        if path == part:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        removed(path, missing_ok)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", keep)
+    assert Shards(f"{store.url}/s/part-000.tar", options=CACHED).read(0) == local.read(0)
+    assert part.stat().st_size == 100
+    assert whole.exists()
+    os.utime(part, (1000, 1000))
+    os.utime(whole, (2000, 2000))
+    small = StoreOptions(cache_gigabytes=2 * part.with_suffix(".tar").stat().st_size / 1e9, windowed=True, timeout=0.3)
+    assert Shards(f"{store.url}/s/part-001.tar", options=small).read(0) == local.read(PER_SHARD)
+    assert part.exists()
+    assert not whole.exists()
+
+
+def test_a_cache_on_a_file_system_without_locks(
+    store: Store, local: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    (tmp_path / "s" / "packed.tgz").write_bytes(gzip.compress(Path(local.paths[0]).read_bytes()))
+    found: list[bool] = []
+
+    def read() -> None:
+        shards = Shards([f"{store.url}/s/part-{{000..002}}.tar", f"{store.url}/s/packed.tgz"], options=CACHED)
+        found.append(everything(shards) == [*everything(local), *everything(local)[:PER_SHARD]])
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 3
+    assert {file.suffix for file in (tmp_path / "cache" / "shards").iterdir()} == {".tar", ".lock"}
+
+
+def no_flock(*_: object) -> None:
+    raise OSError(errno.ENOSYS, "Function not implemented")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def _keep(file: Path, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
             scratch.write(text)
+        os.chmod(scratch.name, 0o644)  # a cache may be shared
         os.replace(scratch.name, file)
     except OSError:
         return

@@ -78,7 +78,7 @@ class Access:
             status = os.stat(url)
         except OSError as error:
             raise DataError(f"shard {url} cannot be opened ({error.strerror}); mend its path or rights") from error
-        return Origin.of(url, Stat(status.st_size, str(status.st_mtime_ns)))
+        return Origin.of(url, _state(status))
 
     def choose(self, origins: Sequence[Origin]) -> None:
         """Fetch remote shards whole if the cache can hold them all; else samples are read by ranges."""
@@ -99,7 +99,8 @@ class Access:
         with self._opened(origin, packed) as descriptor:
             if descriptor is None:
                 return self._ranged(origin, spans, around)
-            data = [os.pread(descriptor, size, offset) for offset, size in spans]
+            with _reading(origin.url):
+                data = [os.pread(descriptor, size, offset) for offset, size in spans]
         if any(len(part) < size for part, (_, size) in zip(data, spans, strict=True)):
             raise DataError(f"shard {shown(origin.url)} became shorter after it was indexed; copy it again")
         return data
@@ -131,10 +132,12 @@ class Access:
                 def fetch(offset: int, size: int) -> bytes:
                     return self.stores.read(origin.url, offset, offset + size, origin.stat)
             else:
-                length, window = os.fstat(descriptor).st_size, LOCAL_WINDOW
+                with _reading(origin.url):
+                    length, window = os.fstat(descriptor).st_size, LOCAL_WINDOW
 
                 def fetch(offset: int, size: int) -> bytes:
-                    return os.pread(descriptor, size, offset)
+                    with _reading(origin.url):
+                        return os.pread(descriptor, size, offset)
 
             yield _Window(fetch, length, window).read, length
 
@@ -273,16 +276,14 @@ class _OpenFiles:
         if descriptor is None:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            try:
+            with _reading(origin.url):
                 descriptor = os.open(origin.url, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                reason = f"shard {origin.url} cannot be read ({error.strerror}); mend its path or rights"
-                raise DataError(reason) from error
             self._open[origin.url] = descriptor
-        size = os.fstat(descriptor).st_size
-        if size < origin.stat.size:
+        with _reading(origin.url):
+            status = os.fstat(descriptor)
+        if status.st_size < origin.stat.size:
             raise DataError(f"shard {origin.url} became shorter after it was indexed; copy it again")
-        if size > origin.stat.size:
+        if _state(status) != origin.stat:
             raise changed(origin.url)
         self._open.move_to_end(origin.url)
         return descriptor
@@ -314,9 +315,24 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _pieces(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with _reading(path), open(path, "rb") as file:
         while piece := file.read(PIECE):
             yield piece
+
+
+def _state(status: os.stat_result) -> Stat:
+    """Of a local shard."""
+    return Stat(status.st_size, str(status.st_mtime_ns))
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """DataError where the file system fails."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"shard {shown(url)} cannot be read ({error.strerror}); mend its path, rights or disk"
+        raise DataError(reason) from error
 
 
 def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:

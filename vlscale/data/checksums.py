@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 
+from vlscale.data.locks import alone
 from vlscale.data.stores import Stores, scheme, shown
 from vlscale.errors import DataError
 
@@ -73,20 +72,8 @@ def sha256_of(url: str, stores: Stores) -> str:
 
 def add_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Put `sums` into the folder's `SHA256SUMS`, in place of older ones of the same names."""
-    with lock(folder):
+    with alone(folder):
         merged = {**read_sums(folder), **sums}
         scratch = folder / f".{SUMS}.part"
         scratch.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(merged.items())), encoding="utf-8")
         os.replace(scratch, folder / SUMS)
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Wait until no other process has locked `folder`. It ends with the process, however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

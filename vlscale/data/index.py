@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
+import shutil
 import struct
 import tempfile
+import threading
+import weakref
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data import tar
+from vlscale.errors import ConfigError
 
 VERSION = 2
 MAGIC = b"VLSINDEX"
@@ -29,6 +35,7 @@ _META = re.compile(r"\.|__.*__(\.|$)")  # starts of names that belong to no samp
 _META_FOLDER = re.compile(r"__[^/]*__/")
 _HEAD = struct.Struct("<8sq 2q 5q ? 32s 19x")  # magic word, version, a `Head`; with the CRC-32 behind it 128 bytes
 _CRC = struct.Struct("<I")
+_log = logging.getLogger(__name__)
 
 
 class Head(NamedTuple):
@@ -192,14 +199,94 @@ def open_index(file: Path, stamp: Stamp) -> Index | None:
 
 
 def save(file: Path, head: Head, body: bytes) -> bool:
-    """Write whole or not at all; False where the folder cannot be written, which only costs the next scan."""
+    """Write whole or not at all; False where the folder cannot be written.
+
+    One that is there by now stays: a file that is replaced over NFS is torn from those who have mapped it.
+    """
     packed = _HEAD.pack(MAGIC, VERSION, *head.stamp, *head[1:])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
-            scratch.write(packed + _CRC.pack(zlib.crc32(packed)) + body)
-        os.chmod(scratch.name, 0o644)  # a cache may be shared
-        os.replace(scratch.name, file)
+            try:
+                scratch.write(packed + _CRC.pack(zlib.crc32(packed)) + body)
+                scratch.flush()
+                os.chmod(scratch.name, 0o644)  # a cache may be shared
+                if read_head(file, head.stamp) is None:
+                    os.replace(scratch.name, file)
+            finally:
+                Path(scratch.name).unlink(missing_ok=True)
     except OSError:
         return False
     return True
+
+
+def file_name(place: str, stamp: Stamp) -> str:
+    """Of the index of the shard at `place`, one for each of its states: nodes may hold copies of different times."""
+    return f"{place}-{stamp[0]:x}-{stamp[1]:x}.index"
+
+
+def place_of(name: str) -> str:
+    """The `place` in a file's name."""
+    return name.partition("-")[0].partition(".")[0]
+
+
+class Files:
+    """The files of indexes: in a folder, or where that cannot be written in one of this process, which ends with it.
+
+    Safe to use from several threads; can be pickled: other processes map the same files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._private: Path | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_folder": self._folder, "_private": self._private}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def head(self, place: str, stamp: Stamp) -> Head | None:
+        """As `read_head`."""
+        return next(filter(None, (read_head(file, stamp) for file in self._files(place, stamp))), None)
+
+    def open(self, place: str, stamp: Stamp) -> Index | None:
+        """As `open_index`."""
+        return next(filter(None, (open_index(file, stamp) for file in self._files(place, stamp))), None)
+
+    def save(self, place: str, head: Head, body: bytes) -> None:
+        """Keep an index. ConfigError if it can be kept nowhere."""
+        name = file_name(place, head.stamp)
+        if not save(self._folder / name, head, body) and not save(self._own() / name, head, body):
+            raise ConfigError(
+                f"the indexes of shards can be written neither to {self._folder} nor to {self._own()}; "
+                "set VLSCALE_CACHE to a folder that can"
+            )
+
+    def _files(self, place: str, stamp: Stamp) -> Iterator[Path]:
+        folders = (self._folder, self._private)
+        return (folder / file_name(place, stamp) for folder in folders if folder is not None)
+
+    def _own(self) -> Path:
+        with self._lock:
+            if self._private is None:
+                _warn(self._folder)
+                self._private = Path(tempfile.mkdtemp(prefix="vlscale-index-"))
+                weakref.finalize(self, _remove, self._private, os.getpid())
+            return self._private
+
+
+@functools.cache
+def _warn(folder: Path) -> None:
+    _log.warning(
+        "the indexes of shards cannot be written to %s, so that every run scans all shards anew; "
+        "set VLSCALE_CACHE to a folder that can",
+        folder,
+    )
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in one that was forked
+        shutil.rmtree(folder, ignore_errors=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
 from vlscale.data import parallel
-from vlscale.data.access import Origin
+from vlscale.data.index import place_of
 from vlscale.data.shards import Patterns, Shards, cache_folder, expand
-from vlscale.data.stores import Stat, StoreOptions, shown
+from vlscale.data.stores import StoreOptions, shown
 from vlscale.errors import DataError
 
 
@@ -28,13 +29,33 @@ class Indexed(NamedTuple):
 def index(patterns: Patterns, processes: int = 1, stores: StoreOptions | None = None) -> Iterator[Indexed]:
     """Index each shard that has none, or whose size or time of change is not that of its index; in their order.
 
-    A shard that cannot be read does not stop the rest. `stores` tell how remote ones are read. DataError if a pattern
-    matches nothing.
+    What is left of other states of a shard that was indexed is removed. A shard that cannot be read does not stop the
+    rest. `stores` tell how remote ones are read. DataError if a pattern matches nothing.
     """
     parallel.require_processes(processes)
     urls = expand(patterns, stores)
+    older: dict[str, list[Path]] = {}
+    for file in (cache_folder() / "index").glob("*.index"):
+        older.setdefault(place_of(file.name), []).append(file)
     with closing(parallel.ordered(_Index(stores), iter(urls), processes, chunk=1)) as indexed:
-        yield from tqdm(indexed, total=len(urls), unit="shard", disable=None)
+        for url, made in zip(urls, tqdm(indexed, total=len(urls), unit="shard", disable=None), strict=True):
+            if made.fault or not made.scanned:
+                yield Indexed(shown(url), made.samples, "new" if made.fault else "kept", made.fault)
+                continue
+            stale = [file for file in older.get(place_of(made.name), []) if file.name != made.name]
+            for file in stale:
+                with suppress(OSError):  # another user's
+                    file.unlink()
+            yield Indexed(shown(url), made.samples, "stale" if stale else "new")
+
+
+class _Made(NamedTuple):
+    """An index that is there now."""
+
+    name: str  # of its file
+    samples: int
+    scanned: bool
+    fault: str = ""  # why there is none
 
 
 @dataclass(frozen=True)
@@ -43,14 +64,9 @@ class _Index:
 
     stores: StoreOptions | None
 
-    def __call__(self, url: str) -> Indexed:
-        place = Origin.of(url, Stat(0, "")).place  # its size and state play no part in it
-        file = cache_folder() / "index" / f"{place}.index"
-        before = file.stat().st_mtime_ns if file.exists() else None
+    def __call__(self, url: str) -> _Made:
         try:
-            samples = len(Shards([url], options=self.stores))
+            shards = Shards([url], options=self.stores)
         except DataError as error:
-            return Indexed(shown(url), 0, "new", str(error))
-        if before is None or not file.exists():
-            return Indexed(shown(url), samples, "new")
-        return Indexed(shown(url), samples, "kept" if file.stat().st_mtime_ns == before else "stale")
+            return _Made("", 0, False, str(error))
+        return _Made(shards.index_names()[0], len(shards), shards.scanned > 0)

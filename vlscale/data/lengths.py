@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -10,8 +9,7 @@ import struct
 import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from io import BytesIO
@@ -26,6 +24,7 @@ from vlscale.data.arrays import read_arrays, read_header
 from vlscale.data.augment import KeepRatio
 from vlscale.data.decode import picture_size
 from vlscale.data.detections import BY_REGION
+from vlscale.data.locks import alone
 from vlscale.data.order import Order
 from vlscale.data.parallel import cores, ordered
 from vlscale.data.philox import ManyDraws
@@ -108,20 +107,25 @@ def measure(
     root = cache or cache_folder() / "lengths"
     digest = hashlib.sha256(f"{VERSION} {PATCH} {shards.fingerprint()} {_told(reading)} {vocabulary}".encode())
     folder = root / digest.hexdigest()[:32]
-    if not folder.is_dir():
-        try:
+    try:
+        found = _kept(folder)
+        if found is None:
             root.mkdir(parents=True, exist_ok=True)
-            with _alone(root / f"{folder.name}.lock"):
-                if not folder.is_dir():
-                    _make(
-                        folder, shards, partial(measure_one, shards, Texts(shards, tokenizer, *_how(reading)), reading)
-                    )
-        except OSError as error:
-            raise ConfigError(
-                f"the lengths of the samples cannot be written to {root} ({error.strerror}); "
-                "set VLSCALE_CACHE to a folder that can"
-            ) from error
-    return Lengths(folder)
+            with alone(root / f"{folder.name}.lock"):
+                found = _kept(folder)
+                if found is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    texts = Texts(shards, tokenizer, *_how(reading))
+                    _make(folder, shards, partial(measure_one, shards, texts, reading))
+                    found = _kept(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"the lengths of the samples cannot be written to {root} ({error.strerror}); "
+            "set VLSCALE_CACHE to a folder that can"
+        ) from error
+    if found is None:
+        raise ConfigError(f"{folder} is damaged and another user's; have it removed, or set VLSCALE_CACHE elsewhere")
+    return found
 
 
 def _told(reading: Reading) -> str:
@@ -133,16 +137,16 @@ def _how(reading: Reading) -> tuple[int, Mapping[str, int] | None]:
     return reading.max_words, {} if reading.questions else None
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, however that ends."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _kept(folder: Path) -> Lengths | None:
+    """None where there are none, or the node that wrote them died before they were on the disk."""
+    try:
+        return Lengths(folder)
+    except (FileNotFoundError, NotADirectoryError, EOFError, ValueError):
+        return None
 
 
 def _make(folder: Path, shards: Shards, measure_one: Callable[[int], Measured]) -> None:
-    """Measure all, write beside, then rename."""
+    """Measure all, write beside, then rename; where another node was faster, its folder stays."""
     columns = {"texts": array("h"), "first": array("q", [0]), **{name: array("h") for name in Measured._fields[1:]}}
     processes = cores() if len(shards) > FEW else 1
     every = ordered(measure_one, iter(range(len(shards))), processes, CHUNK)
@@ -155,9 +159,16 @@ def _make(folder: Path, shards: Shards, measure_one: Callable[[int], Measured]) 
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, column in columns.items():
-            np.save(scratch / f"{name}.npy", np.asarray(column))
+            with open(scratch / f"{name}.npy", "wb") as file:
+                np.save(file, np.asarray(column))
+                file.flush()
+                os.fsync(file.fileno())
         scratch.chmod(0o755)
-        os.replace(scratch, folder)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -6,20 +6,23 @@ that says so. `PREFIX.broken.jsonl` lists the samples that were left out.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
+from vlscale.data import locks
 from vlscale.errors import ConfigError, DataError
 
 VERSION = 1
+PASSED_OVER = re.compile(r"\..*|.*\.(tar|log|made\.jsonl|broken\.jsonl)|SHA256SUMS|lock\.mdb")  # in a folder of sources
 NAMED = 100  # broken samples that are kept in mind; a crawl has millions
 
 
@@ -83,12 +86,8 @@ class Manifest:
         self._open.close()
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is writing {self.prefix}-*.tar in {self.folder}; let it end") from error
-        except OSError:  # a file system without locks
-            return
+        if locks.take(self._files[0].fileno(), wait=False) == "another's":
+            raise ConfigError(f"another process is writing {self.prefix}-*.tar in {self.folder}; let it end")
 
     def _read(self) -> None:
         """Take up what an earlier process has left, but for what it did after its last whole shard."""
@@ -178,7 +177,10 @@ class Manifest:
 
 
 def origin(options: Mapping[str, Any]) -> dict[str, object]:
-    """Options that name files, as JSON can hold them, with the size of each file and when it was last changed."""
+    """Options that name files, as JSON can hold them, with the size of each file and when it was last changed.
+
+    A folder's files are taken together; of `images`, a folder in which most files may be others', nothing is told.
+    """
     said: dict[str, object] = {}
     for name, value in options.items():
         several = isinstance(value, list | tuple)
@@ -188,7 +190,29 @@ def origin(options: Mapping[str, Any]) -> dict[str, object]:
             if path.is_file():
                 changed = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
                 said[str(path)] = f"{path.stat().st_size} bytes of {changed.isoformat(timespec='milliseconds')}"
+            elif path.is_dir() and name != "images":
+                said[str(path)] = _files_in(path)
     return said
+
+
+def _files_in(folder: Path) -> str:
+    """How many files a folder holds, and a digest of their names, sizes and times: 5 us each on a local disk.
+
+    Hidden ones, logs, and what `make` or a reader of LMDB writes there do not count.
+    """
+    digest, count = sha256(), 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not PASSED_OVER.fullmatch(name)):
+            path = os.path.join(place, name)
+            try:
+                found = os.stat(path)
+            except OSError:  # a link to nothing, which the formats pass over
+                continue
+            told = f"{os.path.relpath(path, folder)} {found.st_size} {found.st_mtime_ns}\n"
+            digest.update(os.fsencode(told))
+            count += 1
+    return f"{count} files of {digest.hexdigest()[:32]}"
 
 
 def _whole_lines(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:

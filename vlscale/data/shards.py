@@ -25,7 +25,7 @@ import numpy as np
 
 from vlscale.data import index as index_file
 from vlscale.data.access import OTHER_PACKINGS, Access, Origin, Span
-from vlscale.data.index import Head, Index
+from vlscale.data.index import Files, Head, Index
 from vlscale.data.stores import PIPE, StoreOptions, Stores, is_pattern, scheme, shown
 from vlscale.data.tar import TarError
 from vlscale.errors import ConfigError, DataError, did_you_mean
@@ -84,7 +84,7 @@ def _expand_one(pattern: str, stores: Stores) -> list[str]:
     try:
         urlsplit(pattern)
     except ValueError as error:
-        raise ConfigError(f"'{pattern}' is no URL ({error}); write it as a browser takes it") from error
+        raise ConfigError(f"'{shown(pattern)}' is no URL; write it as a browser takes it") from error
     if not is_pattern(pattern):
         return [pattern]
     found = stores.glob(pattern)
@@ -179,15 +179,15 @@ class Shards:
         """
         options = options or StoreOptions()
         urls = expand(patterns, options)
-        self._folder = cache or cache_folder() / "index"
+        self._files = Files(cache or cache_folder() / "index")
         self._access = Access(options, cache_folder() / "shards")
         self._origins = _each(self._access.find, urls, any(map(scheme, urls)))
         self._access.choose(self._origins)
-        self._held: dict[int, tuple[Head, bytes]] = {}  # by shard, where the cache cannot be written
         self._local = threading.local()
-        kept = [index_file.read_head(self._file(origin), origin.stamp) for origin in self._origins]
+        kept = [self._files.head(origin.place, origin.stamp) for origin in self._origins]
         missing = [shard for shard, head in enumerate(kept) if head is None]
         made = dict(zip(missing, _each(self._make, missing, True), strict=True))
+        self.scanned = len(missing)  # shards whose index was absent, or that of another state
         heads = [head or made[shard] for shard, head in enumerate(kept)]
         self.paths = [shown(url) for url in urls]  # as they may be printed
         self.remote = any(scheme(url) or url.startswith(PIPE) for url in urls)  # whether one must be fetched
@@ -206,15 +206,11 @@ class Shards:
         self.__dict__.update(state)
         self._local = threading.local()
 
-    def _file(self, origin: Origin) -> Path:
-        return self._folder / f"{origin.place}.index"
-
     def _make(self, shard: int) -> Head:
         """Scan a shard and keep its index."""
         origin = self._origins[shard]
         head, body = _scan(self._access, origin)
-        if not index_file.save(self._file(origin), head, body):
-            self._held[shard] = head, body
+        self._files.save(origin.place, head, body)
         return head
 
     def index(self, shard: int) -> Index:
@@ -231,13 +227,11 @@ class Shards:
 
     def _mapped(self, shard: int) -> Index:
         """From its file, which is made again where someone emptied the cache."""
-        if shard in self._held:
-            return Index(*self._held[shard])
         origin = self._origins[shard]
-        found = index_file.open_index(self._file(origin), origin.stamp)
+        found = self._files.open(origin.place, origin.stamp)
         if found is None:
             head, body = _scan(self._access, origin)
-            index_file.save(self._file(origin), head, body)
+            self._files.save(origin.place, head, body)
             found = Index(head, body)
         if found.head.samples != self.start(shard + 1) - self.start(shard):
             raise DataError(f"shard {self.paths[shard]} changed after it was indexed; start anew")
@@ -327,6 +321,10 @@ class Shards:
     def fingerprint(self) -> str:
         """16 hex digits that tell the shards' names, order, keys and member sizes, not their folder."""
         return self._fingerprint
+
+    def index_names(self) -> list[str]:
+        """The names of the files that hold the shards' indexes."""
+        return [index_file.file_name(origin.place, origin.stamp) for origin in self._origins]
 
     def stamps(self) -> list[tuple[int, int]]:
         """Of each shard its size, and what changes with its content: a stale index or vocabulary is told by them."""

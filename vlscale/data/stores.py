@@ -30,6 +30,8 @@ TOLD_AFTER = 5.0  # seconds away before a warning
 BUSY = (408, 425, 429)  # client errors of HTTP that pass: timeout, too early, too many requests
 GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_ASSIGNED = re.compile(r"""^(\s*\w+=("[^"]*"|'[^']*'|\\.|[^\s"'\\])*(\s|$))+""")  # variables before a command
+_COMMAND = re.compile(r"[\w./+-]+")
 _MARKS = ("ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "last_modified", "updated", "created")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -195,10 +197,14 @@ def shown(url: str) -> str:
     Those may let others in.
     """
     if url.startswith(PIPE):
-        return f"{PIPE}{url.removeprefix(PIPE).strip().split(' ')[0]} ..."
+        words = _ASSIGNED.sub("", url.removeprefix(PIPE), 1).split()
+        return f"{PIPE}{words[0]} ..." if words and _COMMAND.fullmatch(words[0]) else f"{PIPE} ..."
     if not scheme(url):
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return re.split(r"[?#]", re.sub(r"//.*@", "//", url))[0]
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
