@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ from vlscale.data.formats import FORMATS
 from vlscale.errors import DONE, STOPPED, ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
+    from vlscale.data.inspect import Problem
     from vlscale.data.stores import StoreOptions
     from vlscale.data.write import Layout, Written
 
@@ -156,15 +158,23 @@ def verify(argv: list[str]) -> int:
     print(f"{report.shards} shard(s), {report.samples} samples, {report.members} members read")
     if report.checksums:
         print(f"{report.checksums} shard(s) with the checksum that SHA256SUMS tells")
-    for problem in report.problems[:SHOWN]:
-        where = f"{problem.shard}: {problem.key}" if problem.key else problem.shard
-        _say(f"  {where}: {problem.reason}")
+    for problem in inspect.spread(report.problems, SHOWN):
+        _say(f"  {_in_words(problem)}")
+    if sum(report.counts.values()) > SHOWN:
+        print(f"  ... and {sum(report.counts.values()) - SHOWN} more; --json FILE names up to {inspect.NAMED}")
     _write_json(options.json, {**report._asdict(), "problems": [each._asdict() for each in report.problems]})
     if report.counts:
         counts = ", ".join(f"{count} of {kind}" for kind, count in report.counts.items())
         raise DataError(f"{sum(report.counts.values())} problem(s) in the shards: {counts}")
     print("no problem found")
     return DONE
+
+
+def _in_words(problem: Problem) -> str:
+    if problem.kind == "shard" and problem.shard in problem.reason:
+        return problem.reason
+    where = f"{problem.shard}: {problem.key}" if problem.key else problem.shard
+    return f"{where}: {problem.reason}" + ("" if problem.byte is None else f" (byte {problem.byte})")
 
 
 def describe(argv: list[str]) -> int:
@@ -178,6 +188,9 @@ def describe(argv: list[str]) -> int:
     parser.add_argument("--html", type=Path, default=None, metavar="FILE", help="write a page with pictures there")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws its samples; default: %(default)s")
     options = _parse(parser, argv)
+    _check_place("--html", options.html)
+    if options.seed < 0:
+        raise ConfigError(f"--seed is {options.seed}; write 0 or more")
 
     from vlscale.data.describe import describe as figures_of
     from vlscale.data.shards import Shards
@@ -244,7 +257,9 @@ def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     parser = console.parser(__doc__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    if argv and not argv[0].startswith("-"):
+    if not argv:
+        raise ConfigError(f"write a command: {', '.join(COMMANDS)}; `--help` tells more")
+    if not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
         try:
@@ -288,13 +303,19 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     options = console.parse(parser, argv)
     if "shards" in options:
         words = [*options.shards, *options.overrides]
-        said = [word for word in words if word.partition("=")[0] in STORE_KEYS]
+        said = [word for word in words if re.match(r"data\.\w+=", word)]
         options.shards, options.overrides = (
             [word for word in some if word not in said] for some in (options.shards, options.overrides)
         )
+        for word in said:
+            if (key := word.partition("=")[0]) not in STORE_KEYS:
+                raise ConfigError(f"'{word}' is no option here{did_you_mean(key, STORE_KEYS)}")
+        if not options.shards:
+            raise ConfigError("write which shards, too: tar files, URLs or globs")
         options.stores = _stores(said)
     if options.overrides:
         raise ConfigError(f"'{options.overrides[0]}' is no option here; `--help` lists what there is")
+    _check_place("--json", getattr(options, "json", None))
     return options
 
 
@@ -320,6 +341,19 @@ def _write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
     if path is None:
         return
     _write("--json", path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_place(option: str, path: Path | None) -> None:
+    """ConfigError for a file that cannot be written, before the work that it is to hold."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"{option} {path} cannot be written: there is no folder {path.parent}; make it, or write another"
+        )
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else "its rights forbid it"
+        raise ConfigError(f"{option} {path} cannot be written: {reason}; write a path that can")
 
 
 def _write(option: str, path: Path, text: str) -> None:

@@ -653,5 +653,5 @@ def test_files_that_hold_nothing(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("latin-1"))
     for name in ("albef_json", "coco", "karpathy", "vqa", "gqa", "nlvr2", "refcoco", "snli_ve"):
-        with pytest.raises(DataError, match=r"x\.json"):
+        with pytest.raises(DataError, match=r"x\.json.* is empty" if text in ("", "[]", "{}") else r"x\.json"):
             open_source(name, [path])

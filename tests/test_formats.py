@@ -113,7 +113,7 @@ def test_nothing_is_left_where_all_are_broken(tmp_path: Path) -> None:
         (source / f"p{n}.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="all 2 are broken; the first, 'p0': it is not a JPEG"):
         made(tmp_path, "folder", source)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_old_shards_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
@@ -203,6 +203,13 @@ def test_a_picture_without_a_text_is_named(tmp_path: Path) -> None:
     assert written.named == [("p1", "the captions have no text for it")]
 
 
+def test_a_text_without_a_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("image,caption\np0.png,first\nin/p1.png,second\nsub/p2.png,third\n")
+    written = made(tmp_path, "folder", write_pictures(tmp_path / "in", 2), options={"captions": [tmp_path / "c.csv"]})
+    assert written.samples == 2
+    assert written.named == [("sub/p2", "the captions name it, and there is no such picture")]
+
+
 def test_a_text_of_another_folder_is_not_taken(tmp_path: Path) -> None:
     for folder in ("a", "b", "c"):
         write_pictures(tmp_path / "in" / folder, 1)
@@ -231,6 +238,14 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     (source / "._p0.png").write_bytes(b"of another system")
     written = made(tmp_path, "folder", source)
     assert (written.samples, written.broken) == (1, 0)
+
+
+def test_captions_that_were_cut_short(tmp_path: Path) -> None:
+    text = json.dumps([{"image": "p0.png", "caption": "a red thing"}])
+    for size in (0, 5, 20, len(text) - 1):
+        (tmp_path / "c.json").write_text(text[:size])
+        with pytest.raises(DataError, match="it ends early, after" if size else "it is empty"):
+            open_source("folder", [write_pictures(tmp_path / "in", 1)], captions=[tmp_path / "c.json"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"annotations": [1]}', '[{"image": "p0.png"}, 3]'])

@@ -115,6 +115,8 @@ def test_faulty_members_are_found(tmp_path: Path) -> None:
         ([("s.png", png(1)), ("s.json", b'{"caption": " "}')], "caption"),
         ([("s.png", png(1)), ("s.json", b'{"caption": ["a", 2]}')], "caption"),
         ([("s.png", png(1)), ("s.txt", b"")], "caption"),
+        ([("s.png", png(1)), ("s.txt", b"\xff")], "txt"),
+        ([("s.png", png(1)), ("s.json", b"{"), ("s.txt", b"a text")], "json"),
         ([("s.regions.npz", b"PK no zip")], "regions"),
         ([("s.regions.npz", regions[: len(regions) // 2])], "regions"),
         ([("s.regions.npz", npz(features=pickled, boxes=np.zeros((1, 4)), width=1, height=1))], "regions"),

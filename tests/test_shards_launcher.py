@@ -187,13 +187,39 @@ def test_shards_cannot_write_to_the_terminal_as_they_like(tmp_path: Path, capsys
         (["make", "--from", "folder", "--source", ".", "--to", "b", "--dtype", "int8"], "write float16 or float32"),
         (["make", "--from", "folder", "--source", ".", "--to", "b", "--prefix", "a/b"], "--prefix 'a/b' cannot start"),
         (["verify", "x.tar", "--json"], "argument --json: expected one argument"),
-        ([], "the following arguments are required: COMMAND"),
+        (["verify", "x.tar", "data.cach=foo"], "'data.cach=foo' is no option here; did you mean 'data.cache'?"),
+        (["verify", "data.cache=foo"], "write which shards, too"),
+        (["verify", "x.tar", "--json", "/nope/x"], "--json /nope/x cannot be written: there is no folder /nope"),
+        (["describe", "x.tar", "--html", "/nope/x"], "--html /nope/x cannot be written: there is no folder /nope"),
+        (["describe", "x.tar", "--html", "tests"], "--html tests cannot be written: it is a folder"),
+        (["describe", "x.tar", "--seed", "-4"], "--seed is -4; write 0 or more"),
+        (["make", "--from", "folder", "--source", ".", "--too", "b"], "no option --too; did you mean '--to'?"),
+        ([], "write a command: make, index, verify, describe, regions"),
     ],
 )
 def test_mistakes_in_words(argv: list[str], says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         launcher.main(argv)
     assert says in str(raised.value)
+
+
+def test_problems_that_are_shown_are_of_every_kind_and_tell_the_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    special = {i: sample(i, caption="") for i in range(20)}
+    shards = write_samples(tmp_path, 24, 24, {**special, 20: sample(20, picture=b"x"), 21: [("s021.txt", b"\xff")]})
+    missing = tmp_path / "absent.tar"
+    missing.write_bytes(b"no tar at all")
+    with pytest.raises(DataError, match=r"24 problem\(s\)"):
+        launcher.main(["verify", str(missing), shards])
+    shown = capsys.readouterr().out.splitlines()[1:]
+    assert len(shown) == launcher.SHOWN + 1
+    assert shown[0].count("absent.tar") == 1
+    assert "s000: a caption in 'json' is empty; " in shown[1]
+    assert shown[1].endswith(" (byte 3072)")
+    assert sum("s021: txt: " in line for line in shown) == 1
+    assert any("s020: png: " in line for line in shown)
+    assert "... and 14 more" in shown[-1]
 
 
 def test_the_program_itself(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_mistakes(folders: dict[str, str], tmp_path: Path, keys: dict[str, Any],
         make_order(sources, data, 0)
 
 
+def test_a_misspelt_embedded(tmp_path: Path) -> None:
+    for given in (["embeded"], {"a": "embeded"}):
+        with pytest.raises(DataError, match="no shard matches 'embeded'; did you mean 'embedded'"):
+            open_sources(given, (), tmp_path)
+
+
 def test_weights_without_names_are_told(folders: dict[str, str], tmp_path: Path) -> None:
     data = data_of(train=folders["coco"], weights={"coco": 2, "vg": 3}, mix="step")
     _, sources = open_sources(data.train or (), (), tmp_path / "cache")

@@ -163,6 +163,16 @@ def test_captions_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
         launcher.main(argv)
 
 
+def test_a_folder_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+    source = write_pictures(tmp_path / "in", 3)
+    argv = ["make", "--from", "folder", "--source", str(source), "--to", str(source / "out")]
+    assert launcher.main(argv) == DONE
+    assert launcher.main(argv) == DONE  # what it has written itself is no change
+    (source / "p0001.txt").write_text("another text")
+    with pytest.raises(ConfigError, match=r'made with .*/in "6 files of .*", not "6 files of'):
+        launcher.main(argv)
+
+
 def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / os.fsdecode(b"in \xff")
     source = write_pictures(folder, 2)

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError, did_you_mean
@@ -30,16 +30,22 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     Raises:
         ConfigError: an unknown option or a word that is no override.
     """
-    arguments, rest = parser.parse_known_args(argv)
     options = [option for action in parser._actions for option in action.option_strings]
+    if not {"-h", "--help"} & set(argv):  # before the parser misses a required option that is only misspelt
+        _check_options([word for word in argv if word.startswith("--") and word != "--"], options)
+    arguments, rest = parser.parse_known_args(argv)
+    _check_options([word for word in rest if word.startswith("-")], options)
     for word in rest:
-        if word.startswith("-"):
-            name = word.split("=")[0]
-            raise ConfigError(f"no option {name}{did_you_mean(name, options)}")
         if "=" not in word:
             raise ConfigError(f"'{word}' is not an override; write key.path=value, e.g. data.batch=64")
     arguments.overrides = rest
     return arguments
+
+
+def _check_options(words: Iterable[str], options: Sequence[str]) -> None:
+    for name in (word.split("=")[0] for word in words):
+        if name not in options:
+            raise ConfigError(f"no option {name}{did_you_mean(name, options)}")
 
 
 def no_overrides(arguments: argparse.Namespace) -> None:

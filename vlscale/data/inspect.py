@@ -28,7 +28,8 @@ from vlscale.errors import ConfigError, DataError
 
 ENDS = ("jpg", "jpeg", "png", "webp")
 VIDEOS = {"gif": (0, b"GIF8"), "mp4": (4, b"ftyp")}  # field -> where its mark stands
-NAMED = 1_000  # problems that a report names; all are counted
+NAMED = 1_000  # problems that a report names, and the first few of each kind; all are counted
+OF_EACH_KIND = 10
 STRETCH = 32  # samples that a process looks at in one go
 WORTHWHILE = 16  # such stretches from which on other processes help
 
@@ -50,7 +51,7 @@ class Report(NamedTuple):
     samples: int
     members: int
     counts: dict[str, int]  # problems by kind
-    problems: list[Problem]  # the first `NAMED`
+    problems: list[Problem]  # the first `NAMED`, and of each kind the first `OF_EACH_KIND`
     checksums: int  # shards whose bytes are those that `SHA256SUMS` tells
 
 
@@ -89,6 +90,16 @@ def verify(
     return Report(len(urls), samples, members, dict(found.counts.most_common()), found.problems, matched)
 
 
+def spread(problems: Sequence[Problem], number: int) -> list[Problem]:
+    """At most `number` of them, of as many kinds as there are, in their order."""
+    nth: Counter[str] = Counter()
+    turns: list[tuple[int, int]] = []  # which of its kind, place
+    for place, problem in enumerate(problems):
+        turns.append((nth[problem.kind], place))
+        nth[problem.kind] += 1
+    return [problems[place] for place in sorted(place for _, place in sorted(turns)[:number])]
+
+
 class _Found:
     """Problems, counted by kind."""
 
@@ -99,7 +110,7 @@ class _Found:
     def add(self, problem: Problem | None) -> None:
         if problem:
             self.counts[problem.kind] += 1
-            if len(self.problems) < NAMED:
+            if len(self.problems) < NAMED or self.counts[problem.kind] <= OF_EACH_KIND:
                 self.problems.append(problem)
 
 
@@ -245,6 +256,7 @@ def _faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str, str
     except DataError as error:
         yield "shard", "", str(error)
         return
+    faulty: set[str] = set()
     for field, size in sizes.items():
         kind = kind_of(field)
         if field not in raw:
@@ -253,10 +265,11 @@ def _faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str, str
         try:
             _check(kind, field, raw, quick)
         except ValueError as error:
+            faulty.add(field)
             yield kind, field, f"{field}: {error}"
     if not any(kind_of(field) in ("picture", "video", "regions", "frames") for field in sizes):
         yield "no visual", "", f"there is no picture, video, regions.npz or frames.npz, only {', '.join(sizes)}"
-    if "caption" in record_of(raw) or "txt" in raw:
+    if "caption" in record_of(raw) or ("txt" in raw and not faulty & {"json", "txt"}):  # else it is told already
         try:
             sentences(shards, i)
         except BrokenSampleError as error:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from hashlib import sha256
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from vlscale.data import locks
 from vlscale.errors import ConfigError, DataError
 
 VERSION = 1
+PASSED_OVER = re.compile(r"\..*|.*\.(tar|log|made\.jsonl|broken\.jsonl)|SHA256SUMS|lock\.mdb")  # in a folder of sources
 PASSED_OVER = re.compile(r"\..*|.*\.(tar|log|made\.jsonl|broken\.jsonl)|SHA256SUMS|lock\.mdb")  # in a folder of sources
 NAMED = 100  # broken samples that are kept in mind; a crawl has millions
 
@@ -196,12 +199,13 @@ def origin(options: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _files_in(folder: Path) -> str:
-    """How many files a folder holds, and a digest of their names, sizes and times: 5 us each on a local disk.
+    """How many files a folder holds, and a digest of their names, sizes and times: 10 us each, a third of listing them.
 
     Hidden ones, logs, and what `make` or a reader of LMDB writes there do not count.
     """
     digest, count = sha256(), 0
     for place, folders, names in os.walk(folder):
+        inside = os.path.relpath(place, folder)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not PASSED_OVER.fullmatch(name)):
             path = os.path.join(place, name)
@@ -209,7 +213,7 @@ def _files_in(folder: Path) -> str:
                 found = os.stat(path)
             except OSError:  # a link to nothing, which the formats pass over
                 continue
-            told = f"{os.path.relpath(path, folder)} {found.st_size} {found.st_mtime_ns}\n"
+            told = f"{inside}/{name} {found.st_size} {found.st_mtime_ns}\n"
             digest.update(os.fsencode(told))
             count += 1
     return f"{count} files of {digest.hexdigest()[:32]}"

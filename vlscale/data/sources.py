@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from vlscale.data.options import DataConfig
 from vlscale.data.order import Order, Source
 from vlscale.data.shards import Shards, expand
 from vlscale.data.stores import StoreOptions
-from vlscale.errors import ConfigError, did_you_mean
+from vlscale.errors import ConfigError, DataError, did_you_mean
 
 Given = Sequence[str] | Mapping[str, str | Sequence[str]]  # globs, or {source: globs}
 EMBEDDED = "embedded"  # the drawn scenes, in the place of a glob
@@ -29,6 +30,9 @@ def open_sources(
 
     `drawn` are the shards that `embedded` stands for. DataError if a glob matches nothing or a shard cannot be read.
     """
+    for word in (glob for globs in named(given).values() for glob in globs):
+        if difflib.get_close_matches(word, [EMBEDDED]) and word != EMBEDDED and not Path(word).exists():
+            raise DataError(f"no shard matches '{word}'{did_you_mean(word, [EMBEDDED])}")
     parts = {
         name: expand([path for glob in globs for path in (drawn if glob == EMBEDDED else [glob])], options)
         for name, globs in named(given).items()

@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -116,10 +116,9 @@ def make(source: Source[Any], layout: Layout, named: int = 10, origin: Mapping[s
     it or the layout differs from that of the shards there, going on is refused. ConfigError for this and for shards
     that nothing is known of; DataError if no sample could be written, or the disk is full.
     """
-    _make_folder(layout.folder)
     manifest = Manifest(layout.folder, layout.prefix, {**(origin or {}), **layout.options()})
     try:
-        with manifest:
+        with _folder(layout.folder), manifest:
             before = sum(each.samples for each in manifest.finished)
             _write(source, layout, manifest)
     except OSError as error:  # a full disk, a source that may not be read
@@ -314,7 +313,6 @@ def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Mem
     left out and the first `named` of them named. ConfigError if the folder holds one of the shards already, DataError
     if no sample could be written.
     """
-    _make_folder(folder)
     names = [os.path.basename(path) for path in shards.paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -325,15 +323,15 @@ def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Mem
     broken: list[tuple[str, str]] = []
     samples = 0
     try:
-        with tqdm(total=len(shards), unit="sample", disable=None) as progress:
+        with _folder(folder), tqdm(total=len(shards), unit="sample", disable=None) as progress:
             for number, name in enumerate(names):
                 members = change(range(shards.start(number), shards.start(number + 1)))
                 written, digest = _copy(folder / name, members, broken, progress)
                 samples += written
                 sums.update({name: digest} if written else {})
-        if not samples:
-            raise DataError(_nothing(len(broken), broken))
-        checksums.add_sums(folder, sums)
+            if not samples:
+                raise DataError(_nothing(len(broken), broken))
+            checksums.add_sums(folder, sums)
     except OSError as error:
         raise DataError(f"no more shards in {folder}: {error}; mend that and run it again") from error
     return Written([folder / name for name in sums], samples, len(broken), broken[:named])
@@ -362,11 +360,21 @@ def _copy(path: Path, members: Iterator[Member], broken: list[tuple[str, str]], 
         tar.drop()
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Makes it, and takes it away again where the work fails and has put nothing there."""
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--to {folder} cannot be made ({error.strerror}); write a folder that can") from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def key_of(name: str) -> str:

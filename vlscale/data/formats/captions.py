@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vlscale.data.formats.recognise import fault
 from vlscale.errors import DataError
 
 ENDS = re.compile(r"\.(jpe?g|png|webp|gif|npz|npy|txt|json)$", re.IGNORECASE)
@@ -54,20 +55,27 @@ class Texts:
         Found by its name, by the end of its path where that is one picture's alone, or by COCO's number:
         COCO_val2014_000000000042 and 000000000042 are 42.
         """
+        found = self.find(name)
+        if found is None:
+            return {}
+        captions, questions = self._captions[found], self._questions[found]
+        caption = {"caption": captions if len(captions) > 1 else captions[0]} if captions else {}
+        return {**caption, **({"qa": questions} if questions else {})}
+
+    def names(self) -> Iterable[str]:
+        """Of all pictures that have texts."""
+        return self._captions
+
+    def find(self, name: str) -> str | None:
+        """The one of `names` that is meant by a picture's name, if there is one (see `of`)."""
         key = stem(name)
         base = key.rsplit("/", 1)[-1]
         near = self._by_base.get(base) or key
         if not (f"/{near}".endswith(f"/{key}") or f"/{key}".endswith(f"/{near}")):
             near = key  # the same name in another folder
         digits = re.search(r"(?:^|_)(\d{12})$", base)
-        found = next(
-            (each for each in (key, near, str(int(digits[1])) if digits else key) if each in self._captions), None
-        )
-        if found is None:
-            return {}
-        captions, questions = self._captions[found], self._questions[found]
-        caption = {"caption": captions if len(captions) > 1 else captions[0]} if captions else {}
-        return {**caption, **({"qa": questions} if questions else {})}
+        meant = (key, near, str(int(digits[1])) if digits else key)
+        return next((each for each in meant if each in self._captions), None)
 
 
 def stem(name: str) -> str:
@@ -91,14 +99,17 @@ def read_texts(paths: Sequence[Path]) -> Texts:
 def _read(texts: Texts, path: Path) -> None:
     try:
         if path.suffix == ".json":
-            _from_json(texts, json.loads(path.read_text(encoding="utf-8")))
+            data = path.read_text(encoding="utf-8")
+            _from_json(texts, json.loads(data))
         elif path.suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8").splitlines()
             _from_records(texts, (json.loads(line) for line in lines if line.strip()))
         else:
             with open(path, encoding="utf-8", newline="") as file:
                 _from_table(texts, file, "," if path.suffix == ".csv" else "\t")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except json.JSONDecodeError as error:
+        raise DataError(f"captions {path} cannot be read ({fault(error)})") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"captions {path} cannot be read ({error})") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"captions {path} have a form that is not known ({error!r}); {_FORMS}") from error

@@ -15,24 +15,30 @@ from vlscale.data.write import Sample, Source
 __all__ = ["Options", "source"]
 
 
-def source(paths: Sequence[Path], options: Options) -> Source[Path]:
+def source(paths: Sequence[Path], options: Options) -> Source[Path | None]:
     """The pictures in `paths` and the folders below them. DataError if there is none."""
-    files = [
+    files: list[tuple[str, Path | None]] = [
         (str(file.relative_to(folder).with_suffix("")), file)
         for folder, file in files_in(paths, r".*\.(jpe?g|png|webp)", "picture (jpg, png or webp)")
     ]
-    return _Folder(files, read_texts(options.captions) if options.captions else None)
+    if not options.captions:
+        return _Folder(files, None)
+    texts = read_texts(options.captions)
+    found = {texts.find(name) for name, _ in files}
+    return _Folder([*files, *((name, None) for name in texts.names() if name not in found)], texts)
 
 
 @dataclass(frozen=True)
 class _Folder:
-    files: list[tuple[str, Path]]
+    files: list[tuple[str, Path | None]]  # None: a text without a picture
     texts: Texts | None
 
-    def items(self) -> Iterator[tuple[str, Path]]:
+    def items(self) -> Iterator[tuple[str, Path | None]]:
         return iter(self.files)
 
-    def sample(self, name: str, item: Path) -> Sample:
+    def sample(self, name: str, item: Path | None) -> Sample:
+        if item is None:
+            raise ValueError("the captions name it, and there is no such picture")
         record = texts_of(self.texts, name) if self.texts else beside(item)
         if not {"caption", "qa", "question"} & set(record):
             raise ValueError("it has no text in a txt or json beside it, and no --captions are given")

@@ -70,10 +70,21 @@ def _line(line: str) -> Any:
         return ValueError(f"its line is no JSON ({error})")
 
 
+def fault(error: Exception) -> str:
+    """Why a text is no JSON."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if not error.doc.strip():
+        return "it is empty"
+    if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
+        return f"it ends early, after {len(error.doc)} characters: fetch or copy it again"
+    return str(error)
+
+
 def _no_json(path: Path, data: str, wanted: str, error: Exception) -> str:
     table = table_format(data.lstrip().split("\n", 1)[0])
     fits = f"it looks like {table}: write --from {table}" if table else f"{wanted} reads {READS[wanted]}"
-    return f"{path} is no JSON ({error}); {fits}"
+    return f"{path} is no JSON ({fault(error)}); {fits}"
 
 
 def refuse_pickle(path: Path) -> None:
@@ -92,6 +103,8 @@ def require(path: Path, data: Any, *formats: str) -> Any:
     found = format_of(data)
     if found in formats:
         return data
+    if data in ([], {}):
+        raise DataError(f"{path} is empty: it holds no record; {formats[0]} reads {READS[formats[0]]}")
     held = f"a list of objects with {_some(data)}" if isinstance(data, list) else f"an object with {_some(data)}"
     hint = f"write --from {found}" if found else f"{formats[0]} reads {READS[formats[0]]}"
     if found == "lxmert_tsv":
