@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from hashlib import sha256
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -24,7 +22,6 @@ from vlscale.data import locks
 from vlscale.errors import ConfigError, DataError
 
 VERSION = 1
-PASSED_OVER = re.compile(r"\..*|.*\.(tar|log|made\.jsonl|broken\.jsonl)|SHA256SUMS|lock\.mdb")  # in a folder of sources
 PASSED_OVER = re.compile(r"\..*|.*\.(tar|log|made\.jsonl|broken\.jsonl)|SHA256SUMS|lock\.mdb")  # in a folder of sources
 NAMED = 100  # broken samples that are kept in mind; a crawl has millions
 
