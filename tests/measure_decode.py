@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.shard_files import write_tar
+from tests.shard_files import write_tar, write_vocabulary
 from vlscale.data.augment import RandAugment
 from vlscale.data.batches import Even
 from vlscale.data.decode import Encoded, Pixels
 from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.shards import Shards
-from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, write_vocabulary
+from vlscale.data.text import SPECIAL_TOKENS, Tokenizer
 from vlscale.data.views import VisualView, parse
 from vlscale.types import Inputs
 

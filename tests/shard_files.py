@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, write_vocabulary
+from vlscale.data.text import SPECIAL_TOKENS, Tokenizer
 from vlscale.types import Inputs
 
 Members = list[tuple[str, bytes]]
@@ -75,6 +75,12 @@ def write_samples(folder: Path, count: int, per_shard: int, special: Mapping[int
         members = [member for i in numbers for member in special.get(i, sample(i))]
         write_tar(folder / f"part-{n:03d}.tar", members)
     return str(folder / "part-*.tar")
+
+
+def write_vocabulary(tokens: Iterable[str], path: Path) -> None:
+    """Write `vocab.txt`, one token per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
 
 
 def make_tokenizer(folder: Path, inputs: Inputs = INPUTS) -> Tokenizer:

@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 
-from tests.shard_files import WORDS, sample, write_samples, write_tar
+from tests.shard_files import WORDS, sample, write_samples, write_tar, write_vocabulary
 from vlscale import build, config, vocabulary
 from vlscale.config import TextConfig
 from vlscale.data import scenes, text, views
 from vlscale.data.shards import Shards
-from vlscale.data.text import SPECIAL_TOKENS, write_vocabulary
+from vlscale.data.text import SPECIAL_TOKENS
 from vlscale.errors import ConfigError, DataError
 from vlscale.families import albef
 from vlscale.families.base import Family

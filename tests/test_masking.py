@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.shard_files import write_vocabulary
 from vlscale.data.masking import Count, Ids, MaskTokens
-from vlscale.data.text import SPECIAL_TOKENS, Tokenizer, write_vocabulary
+from vlscale.data.text import SPECIAL_TOKENS, Tokenizer
 from vlscale.data.views import parse
 from vlscale.errors import ConfigError
 from vlscale.types import IGNORE, Inputs

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.shard_files import WORDS, make_tokenizer, png, write_samples
+from tests.shard_files import WORDS, make_tokenizer, png, write_samples, write_vocabulary
 from vlscale.data import phrases
 from vlscale.data.phrases import Texts, every_text, measure_cut, spread
 from vlscale.data.shards import Shards
-from vlscale.data.text import AS_IT_IS, SPECIAL_TOKENS, Tokenizer, write_vocabulary
+from vlscale.data.text import AS_IT_IS, SPECIAL_TOKENS, Tokenizer
 from vlscale.types import Inputs
 
 LONG = " ".join(str(n) for n in range(40))

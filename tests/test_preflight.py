@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.shard_files import INPUTS, make_tokenizer, sample, shared, write_samples, write_tar
+from tests.shard_files import INPUTS, make_tokenizer, sample, shared, write_samples, write_tar, write_vocabulary
 from vlscale import preflight
 from vlscale.data.bad import Budget
 from vlscale.data.phrases import every_text
 from vlscale.data.shards import Shards
-from vlscale.data.text import Tokenizer, build_vocabulary, write_vocabulary
+from vlscale.data.text import Tokenizer, build_vocabulary
 from vlscale.errors import ConfigError, DataError
 from vlscale.types import Inputs
 

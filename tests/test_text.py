@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from tests.shard_files import INPUTS, WORDS, make_tokenizer
+from tests.shard_files import INPUTS, WORDS, make_tokenizer, write_vocabulary
 from vlscale import build, config, vocabulary
 from vlscale.data.text import (
     AS_IT_IS,
@@ -18,7 +18,6 @@ from vlscale.data.text import (
     first_words,
     read_tokenizer,
     wordpiece,
-    write_vocabulary,
 )
 from vlscale.errors import ConfigError
 from vlscale.types import Inputs

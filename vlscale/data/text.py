@@ -109,14 +109,6 @@ def _letters(texts: Iterable[str], pipeline: Any) -> tuple[list[str], list[str]]
     return sorted(common), sorted(inner.intersection(common))
 
 
-def write_vocabulary(tokens: Iterable[str], path: Path) -> None:
-    """Write `vocab.txt`, one token per line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-    os.replace(scratch, path)
-
-
 class Fitted(NamedTuple):
     """A text that has been made to fit."""
 
