@@ -137,7 +137,7 @@ class Balanced:
         return positions_of_step
 
     def _alike(self, pool: int, steps: Numbers) -> list[tuple[list[int], str]]:
-        """Of the steps [S, batch] of a pool, those of one task and of the same epochs of the same sources, with the task.
+        """Of the steps [S, batch] of a pool, those of one task and the same epochs of the same sources, with the task.
 
         A step that is in two epochs of a source is in no group.
         """

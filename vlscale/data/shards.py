@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,7 @@ def _advice(start: bytes) -> str:
 class _Members(NamedTuple):
     """The members of one sample, which lie in a row."""
 
+    sample: int
     shard: int
     spans: dict[str, Span]  # by field
 
@@ -193,7 +195,7 @@ class Shards:
         self.remote = any(scheme(url) or url.startswith(PIPE) for url in urls)  # whether one must be fetched
         self.bytes = sum(origin.stat.size for origin in self._origins)  # as they lie there
         self._packed = np.array([head.packed for head in heads], dtype=bool)
-        self._starts = np.cumsum([0, *(head.samples for head in heads)])
+        self._starts: list[int] = np.cumsum([0, *(head.samples for head in heads)]).tolist()
         digest = hashlib.sha256()
         for path, head in zip(self.paths, heads, strict=True):
             digest.update(f"{os.path.basename(path)}\n".encode() + head.digest)
@@ -238,14 +240,14 @@ class Shards:
         return found
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def _locate(self, i: int) -> tuple[int, int]:
         """(shard, row in the shard) of sample `i`."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return shard, i - int(self._starts[shard])
+        shard = bisect_right(self._starts, i) - 1
+        return shard, i - self._starts[shard]
 
     def key(self, i: int) -> str:
         """The key of sample `i`."""
@@ -258,13 +260,11 @@ class Shards:
 
     def start(self, shard: int) -> int:
         """The number of the first sample of the `shard`-th shard; of shard `len(paths)`, `len(self)`."""
-        return int(self._starts[shard])
+        return self._starts[shard]
 
     def fields(self, i: int) -> tuple[str, ...]:
         """The field names of sample `i`, in the order of the tar."""
-        shard, row = self._locate(i)
-        index = self.index(shard)
-        return tuple(index.fields[field] for field in index.field[index.first[row] : index.first[row + 1]])
+        return tuple(self._members(i).spans)
 
     def sizes(self, i: int) -> dict[str, int]:
         """The size of each member of sample `i` in bytes, without reading any."""
@@ -302,12 +302,17 @@ class Shards:
         self._access.prefetch(self._origins[shard], bool(self._packed[shard]))
 
     def _members(self, i: int) -> _Members:
+        """Those of sample `i`; of the sample that was asked for last they are at hand."""
+        last: _Members | None = self._local.__dict__.get("last")
+        if last is not None and last.sample == i:
+            return last
         shard, row = self._locate(i)
         index = self.index(shard)
         rows = slice(index.first[row], index.first[row + 1])
-        names = (index.fields[field] for field in index.field[rows])
+        names = [index.fields[field] for field in index.field[rows].tolist()]
         places = zip(index.offset[rows].tolist(), index.size[rows].tolist(), strict=True)
-        return _Members(shard, dict(zip(names, places, strict=True)))
+        self._local.last = found = _Members(i, shard, dict(zip(names, places, strict=True)))
+        return found
 
     def _read(self, members: _Members, spans: Mapping[str, Span]) -> dict[str, bytes]:
         if not spans:
