@@ -28,10 +28,10 @@ def test_a_new_objective_is_one_file_and_one_line(tmp_path: Path) -> None:
         "--out",
         "run",
         *TINY,
-        "steps=2",
+        "steps=10",
         f"objectives.{name}.weight=0.5",
     ]
     subprocess.run(command, cwd=tmp_path, env=environment() | {"PYTHONPATH": str(tmp_path)}, check=True, timeout=100)
     losses = [line[f"loss/{name}"] for line in metrics(tmp_path / "run") if "loss" in line]
-    assert len(losses) == 2
-    assert 0 < losses[1] < losses[0] < 1  # ln 2 at the start
+    assert len(losses) == 10
+    assert 0 < sum(losses[-3:]) / 3 < losses[0] < 1  # ln 2 at the start
