@@ -93,7 +93,7 @@ def test_a_mistyped_shard_path(tmp_path: Path) -> None:
 
 def test_an_empty_caption(tmp_path: Path) -> None:
     shards = write_samples(tmp_path / "shards", 12, 5, {7: sample(7, "")})
-    says = refusal(f"data.train={shards}", f"data.val={shards}", *TINY, *TINY_SHARDS, code=3)
+    says = refusal(f"data.train={shards}", f"data.val={shards}", *TINY, *TINY_SHARDS, "data.bad_always=0", code=3)
     assert "sample 's007' of shard" in says
     assert "is empty" in says
 
