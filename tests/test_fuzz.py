@@ -55,7 +55,9 @@ def watch(*allowed: Path) -> None:
             changed = os.fsdecode(arguments[0]) if writes else None
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
             folder = os.readlink(f"/proc/self/fd/{arguments[-1]}") if arguments[-1] >= 0 else ""
-            changed = os.path.join(folder, os.fsdecode(arguments[0]))
+            told = arguments[0]
+            changed = os.readlink(f"/proc/self/fd/{told}") if isinstance(told, int) else os.fsdecode(told)
+            changed = os.path.join(folder, changed)
         elif event in ("os.rename", "os.link", "os.symlink"):
             changed = os.fsdecode(arguments[1])
         inside = changed is None or any(Path(changed).resolve().is_relative_to(folder) for folder in allowed)

@@ -70,10 +70,11 @@ def test_a_loss_that_compares_samples_refuses_unequal_numbers() -> None:
             "data.tokens needs batches of unequal numbers; write data.batching=cost, or leave it out",
         ),
         (["data.batching=token_buckets"], "write data.tokens=10240"),
+        (["data.batching=token_buckets", "data.tokens=99"], "write data.micro_batch=N too"),
         (["data.batching=cost", "data.tokens=9", "data.micro_batch=4"], "leave out one"),
         (["data.batching=cost", "data.pool=0"], r"data.pool should be at least 1 \(got 0\)"),
         (
-            ["data.batching=token_buckets", "data.tokens=99", "data.mix=step"],
+            ["data.batching=token_buckets", "data.tokens=99", "data.micro_batch=4", "data.mix=step"],
             "write data.mix=sample, or data.batching=cost",
         ),
     ],

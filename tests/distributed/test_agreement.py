@@ -53,6 +53,7 @@ def torchrun(out: Path, program: str, *arguments: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_a_rank_with_another_task_ends_the_run_with_4(tmp_path: Path) -> None:
     tasks = "tasks={all: {objectives: [itc, itm, mlm]}, words: {objectives: [mlm]}}"
     done = torchrun(tmp_path / "run", "tests/distributed/other_task.py", "--ds_config", "ds_configs/zero3.json", tasks)

@@ -207,12 +207,12 @@ def near(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], relat
         assert float((found[key] - value).norm()) <= relative * float(value.norm()) + slack, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero3"])
+@pytest.mark.parametrize("stage", ["zero0", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(stage: str) -> None:
     check(2, stage, 5, list(CASES))
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_micro_batches_on_two_ranks_equal_one_batch(stage: str) -> None:
     check(2, stage, 4, ["tcl", "clip"], number=2)
 
