@@ -43,11 +43,15 @@ class Encoded:
 
     def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         """ValueError if `data` is no JPEG, PNG or WebP, or if it would become more than `max_pixels`."""
-        self.width, self.height = picture_size(data)
+        self._is_jpeg = data[:2] == _JPEG
+        if self._is_jpeg:
+            self.width, self.height, colours = _jpeg_header(data)
+            self._is_jpeg = colours not in ("CMYK", "YCCK")  # which OpenCV knows to turn into RGB
+        else:
+            self.width, self.height = picture_size(data)
         if self.width < 1 or self.height < 1 or self.width * self.height > max_pixels:
             raise ValueError(f"it has {self.width} x {self.height} pixels; at most {max_pixels} are decoded")
         self._data = data
-        self._is_jpeg = data[:2] == _JPEG and _jpeg_header(data)[2] not in ("CMYK", "YCCK")
 
     def whole(self) -> Pixels:
         """uint8 RGB [H, W, 3]. Transparent parts show white; grey and palette pictures become RGB.
