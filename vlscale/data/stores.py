@@ -224,10 +224,7 @@ def _open(url: str, kind: str, timeout: float) -> Store:
         advice = "pip install 'vlscale[stores]'" if kind in ("http", "https", "s3") else "install it"
         raise ConfigError(f"{kind}:// needs a package that is absent ({error}); {advice}") from error
     except ValueError as error:
-        raise ConfigError(
-            f"'{shown(url)}' begins with no kind of store we know; write a path, "
-            "https://, s3://, or what fsspec knows (gs://, az://, hf://, ...)"
-        ) from error
+        raise ConfigError(f"'{shown(url)}' begins with no kind of store we know; write https://, s3://, ...") from error
 
 
 def _check_status(status: int, url: str) -> None:
