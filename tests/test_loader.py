@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from tests.shard_files import INPUTS, make_tokenizer, png, sample, shared, write_samples
-from vlscale.data.batches import Even, check_batch
+from vlscale.data.batches import Even
 from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.retrieval import retrieval_batches
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import parse
+from vlscale.ds_config import accumulation_steps
 from vlscale.errors import ConfigError, DataError
 from vlscale.types import Batch
 
@@ -252,7 +253,7 @@ def test_workers_are_out_of_the_process_group(shards: Shards, tokenizer: Tokeniz
 )
 def test_a_batch_that_does_not_split_is_refused(batch: int, micro_batch: int, world: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        check_batch(batch, micro_batch, world)
+        accumulation_steps(batch, micro_batch, world)
 
 
 # --- bad samples -------------------------------------------------------------------------------------------

@@ -123,13 +123,15 @@ def merge(tree: Mapping[str, Any], path: str, decided: Decided, world: int) -> d
 
 
 def accumulation_steps(batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches per rank and step; the batch must be a multiple of micro_batch * ranks."""
+    """Micro-batches per rank and step; ConfigError unless the batch is a multiple of micro_batch * ranks."""
+    if batch < 1 or micro_batch < 1:
+        raise ConfigError(f"data.batch={batch} and data.micro_batch={micro_batch}: both should be at least 1")
     together = micro_batch * world
     if batch % together:
         below, above = batch // together * together, -(-batch // together) * together
         near = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
-            f"data.batch={batch} is not a multiple of data.micro_batch={micro_batch} times {world} rank(s); "
+            f"data.batch={batch} is not a multiple of data.micro_batch={micro_batch} times {world} ranks; "
             f"write data.batch={near}, or another data.micro_batch"
         )
     return batch // together

@@ -19,6 +19,7 @@ MAX_BYTES = 1 << 28  # of one file's arrays; 100 regions of 2,048 numbers and 1,
 MAX_MEMBERS = 64  # arrays of one file; each costs memory before any is looked at
 MAX_HEADER = 1_000  # characters that tell an array's shape and dtype; numpy writes some 120
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; others may ask for any memory
+# what zipfile may end with; a RuntimeError where a member is encrypted
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, NotImplementedError, RuntimeError)
 
 # what numpy's reading of a header, which evaluates it as a literal, may end with

@@ -62,8 +62,8 @@ class Even:
     """As many samples in each: `micro_batch` of the step's `batch`, rank after rank."""
 
     def __init__(self, batch: int, micro_batch: int, rank: int, world: int) -> None:
-        """ConfigError if `batch` is no multiple of micro_batch * world."""
-        check_batch(batch, micro_batch, world)
+        """`batch` is a multiple of micro_batch * world: `ds_config.accumulation_steps` sees to it."""
+        assert batch % (micro_batch * world) == 0, "a step divides into micro-batches"
         self._batch, self._micro_batch, self._rank, self._world = batch, micro_batch, rank, world
         self.per_step = batch // (micro_batch * world)
 
@@ -269,17 +269,3 @@ def bucket_batches(lengths: Numbers, tokens: int, multiple: int, keep_last: bool
     size = tokens // (int(lengths.max()) * multiple) * multiple
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return batches if keep_last else batches[:-1]
-
-
-def check_batch(batch: int, micro_batch: int, world: int) -> None:
-    """ConfigError unless a step of `batch` samples splits into micro-batches of equal size on every rank."""
-    if batch < 1 or micro_batch < 1:
-        raise ConfigError(f"data.batch={batch} and data.micro_batch={micro_batch}: both should be at least 1")
-    unit = micro_batch * world
-    if batch % unit:
-        below, above = batch // unit * unit, -(-batch // unit) * unit
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"data.batch={batch} is not a multiple of data.micro_batch={micro_batch} times {world} ranks; "
-            f"write data.batch={near}"
-        )

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import struct
-import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
+from vlscale.data.whole import whole_folder
 from vlscale.errors import ConfigError
 from vlscale.types import Inputs
 
@@ -156,21 +156,12 @@ def _make(folder: Path, shards: Shards, measure_one: Callable[[int], Measured]) 
             columns["first"].append(len(columns["texts"]))
             for name in Measured._fields[1:]:
                 columns[name].append(getattr(found, name))
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as scratch:
         for name, column in columns.items():
             with open(scratch / f"{name}.npy", "wb") as file:
                 np.save(file, np.asarray(column))
                 file.flush()
                 os.fsync(file.fileno())
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def measure_one(shards: Shards, texts: Texts, reading: Reading, i: int) -> Measured:

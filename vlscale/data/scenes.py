@@ -7,10 +7,8 @@ families that read regions also have what a detector would tell.
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -25,6 +23,7 @@ from vlscale.data.scene_drawing import scenes
 from vlscale.data.scene_questions import questions
 from vlscale.data.scene_regions import detect, npz
 from vlscale.data.shards import cache_folder
+from vlscale.data.whole import whole_folder
 from vlscale.errors import ConfigError
 
 PER_SHARD = 4_096
@@ -60,18 +59,9 @@ def ensure(cache: Path | None = None, regions: bool = False) -> Embedded:
 def _make(root: Path, folder: Path, regions: bool) -> None:
     """Write beside, then rename; where another process was faster, its folder stays."""
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-    try:
+    with whole_folder(folder) as scratch:
         _write(samples(False, regions), scratch, "val")
         _write(samples(True, regions), scratch, "train")
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def samples(train: bool, regions: bool) -> Iterator[dict[str, bytes]]:
