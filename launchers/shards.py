@@ -34,9 +34,9 @@ from vlscale.data.formats import FORMATS
 from vlscale.errors import DONE, STOPPED, ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from vlscale.data.inspect import Problem
-    from vlscale.data.stores import StoreOptions
-    from vlscale.data.write import Layout, Written
+    from vlscale.data.looking.inspect import Problem
+    from vlscale.data.making.write import Layout, Written
+    from vlscale.data.storage.stores import StoreOptions
 
 STORE_KEYS = tuple(f"data.{name}" for name in ("cache", "cache_gigabytes", "store_patience", "store_timeout", "pipe"))
 INTERRUPTED, UNHEARD = 130, 141  # as shells say of Ctrl-C and of a closed pipe
@@ -61,7 +61,8 @@ def make(argv: list[str]) -> int:
     _layout_options(parser)
     options = _parse(parser, argv)
 
-    from vlscale.data import formats, manifest, write
+    from vlscale.data import formats
+    from vlscale.data.making import manifest, write
 
     layout = _layout(options)
     names = ("captions", "vocab", "class_names", "images", "split")
@@ -100,7 +101,7 @@ def _processes_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _layout(options: argparse.Namespace) -> Layout:
-    from vlscale.data.write import Layout
+    from vlscale.data.making.write import Layout
 
     names = {"folder": "to", "samples": "samples_per_shard"}
     return Layout(**{field.name: getattr(options, names.get(field.name, field.name)) for field in fields(Layout)})
@@ -126,7 +127,7 @@ def index(argv: list[str]) -> int:
     _processes_option(parser)
     options = _parse(parser, argv)
 
-    from vlscale.data import indexing
+    from vlscale.data.storage import indexing
 
     indexed = list(indexing.index(options.shards, options.processes, options.stores))
     for shard in indexed:
@@ -152,7 +153,7 @@ def verify(argv: list[str]) -> int:
     _json_option(parser)
     options = _parse(parser, argv)
 
-    from vlscale.data import inspect
+    from vlscale.data.looking import inspect
 
     report = inspect.verify(options.shards, options.quick, options.processes, options.write_checksums, options.stores)
     print(f"{report.shards} shard(s), {report.samples} samples, {report.members} members read")
@@ -192,7 +193,7 @@ def describe(argv: list[str]) -> int:
     if options.seed < 0:
         raise ConfigError(f"--seed is {options.seed}; write 0 or more")
 
-    from vlscale.data.describe import describe as figures_of
+    from vlscale.data.looking.describe import describe as figures_of
     from vlscale.data.shards import Shards
 
     shards = Shards(options.shards, options=options.stores)
@@ -204,9 +205,9 @@ def describe(argv: list[str]) -> int:
         _say(json.dumps(example, ensure_ascii=False))
     _write_json(options.json, figures)
     if options.html:
-        from vlscale.data.cards import cards
-        from vlscale.data.page import page
-        from vlscale.data.stores import shown
+        from vlscale.data.looking.cards import cards
+        from vlscale.data.looking.page import page
+        from vlscale.data.storage.stores import shown
 
         title = ", ".join(map(shown, options.shards))
         _write("--html", options.html, page(title, figures, cards(shards, seed=options.seed)))

@@ -12,7 +12,7 @@ import cv2
 
 from tests.hostile_members import SOUND, Draws, jpeg, odd_samples, pictures, regions, sound, texts, webp
 from tests.shard_files import Members, png
-from vlscale.data.index import MAX_FIELDS
+from vlscale.data.storage.index import MAX_FIELDS
 
 Make = Callable[[Draws, bool], bytes]  # (draws, whether it may be slow) -> the bytes of a shard
 

@@ -15,9 +15,9 @@ import pytest
 from tests.shard_files import png, shared
 from tests.test_formats import made, read
 from vlscale.data.formats import FORMATS, open_source, recognise
+from vlscale.data.making.write import Written
 from vlscale.data.samples import sentences, tags
 from vlscale.data.shards import Shards
-from vlscale.data.write import Written
 from vlscale.errors import ConfigError, DataError
 
 SIDE = 24  # of the drawn pictures

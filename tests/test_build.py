@@ -10,8 +10,8 @@ import pytest
 
 from tests.shard_files import WORDS, sample, write_samples, write_tar, write_vocabulary
 from vlscale import build, config, vocabulary
-from vlscale.config import TextConfig
-from vlscale.data import scenes, text, views
+from vlscale.data import text, views
+from vlscale.data.scenes import embedded as scenes
 from vlscale.data.shards import Shards
 from vlscale.data.text import SPECIAL_TOKENS
 from vlscale.errors import ConfigError, DataError
@@ -19,6 +19,7 @@ from vlscale.families import albef
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
 from vlscale.objectives import mlm
+from vlscale.options import TextConfig
 
 SMALL = ("family.visual_layers=1", "family.text_layers=1", "family.fusion_layers=1", "objectives.itc.queue=8")
 

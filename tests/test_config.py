@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vlscale import config
+from vlscale import config, options
 from vlscale.config import RunConfig
 from vlscale.errors import ConfigError
 
@@ -78,7 +78,7 @@ def test_overrides_are_yaml() -> None:
     assert run.text.vocab is None
     assert run.logging.sample_keys is True
     assert run.views["text.masked"] == {"mask_tokens": {"prob": 0.3}}
-    assert run.tasks["words"] == config.TaskConfig(objectives=("mlm",), share=0.5)
+    assert run.tasks["words"] == options.TaskConfig(objectives=("mlm",), share=0.5)
     assert run.data.train == ("a-*.tar", "b-*.tar")
     assert run.data.val == ("c-{000..003}.tar",)
     assert run.init.text == "a=b"

@@ -14,10 +14,10 @@ import pytest
 
 from tests.shard_files import Members, png, sample, shared, write_samples, write_tar
 from tests.test_inspect import found, npz
-from vlscale.data.cards import cards
-from vlscale.data.describe import describe, histogram, spread
 from vlscale.data.detections import write_regions
-from vlscale.data.page import page
+from vlscale.data.looking.cards import cards
+from vlscale.data.looking.describe import describe, histogram, spread
+from vlscale.data.looking.page import page
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from tests.shard_files import Members, png, write_tar
-from vlscale.data import inspect
 from vlscale.data.detect import Choice, Detector, add_regions
 from vlscale.data.detections import read_regions
+from vlscale.data.looking import inspect
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError, DataError
 

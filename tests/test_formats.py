@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from tests.shard_files import png, shared
-from vlscale.data import inspect
 from vlscale.data.detections import Detections, read_regions
 from vlscale.data.formats import open_source
+from vlscale.data.looking import inspect
+from vlscale.data.making.write import Layout, Written, key_of, make
 from vlscale.data.shards import Shards
-from vlscale.data.write import Layout, Written, key_of, make
 from vlscale.errors import ConfigError, DataError
 
 REGIONS, WIDTH, HEIGHT = 4, 64, 48

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from tests.shard_files import Members, png, sample, shared, write_samples, write_tar
-from vlscale.data import inspect
 from vlscale.data.arrays import read_arrays
-from vlscale.data.cards import cards
-from vlscale.data.checksums import read_sums
-from vlscale.data.describe import describe
 from vlscale.data.detections import Detections, read_regions, write_regions
-from vlscale.data.page import page
+from vlscale.data.looking import inspect
+from vlscale.data.looking.cards import cards
+from vlscale.data.looking.describe import describe
+from vlscale.data.looking.page import page
+from vlscale.data.making.checksums import read_sums
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError, DataError
 

@@ -19,7 +19,7 @@ from tests.shard_files import Members, write_tar
 from tests.test_recipes import NAMES, shrunk
 from vlscale import config
 from vlscale.config import RunConfig
-from vlscale.data.scene_regions import FEATURES, NUM_ATTRIBUTES, NUM_CLASSES
+from vlscale.data.scenes.regions import FEATURES, NUM_ATTRIBUTES, NUM_CLASSES
 from vlscale.errors import VlscaleError
 
 WORDS = (1, 512, 3, 40)  # of a caption

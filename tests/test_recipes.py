@@ -13,7 +13,7 @@ import torch
 from tests.distributed.spawn import run_ranks
 from vlscale import build, config
 from vlscale.config import RECIPES, RunConfig
-from vlscale.data.scene_regions import FEATURES, NUM_CLASSES
+from vlscale.data.scenes.regions import FEATURES, NUM_CLASSES
 from vlscale.errors import VlscaleError
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

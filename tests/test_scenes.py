@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vlscale.data import scene_drawing, scene_regions, scenes
 from vlscale.data.samples import picture
-from vlscale.data.scene_drawing import COLOURS, SHAPES, SIZES, Group
-from vlscale.data.scene_questions import NUMBERS
-from vlscale.data.scenes import Embedded, ensure, samples
+from vlscale.data.scenes import drawing
+from vlscale.data.scenes import embedded as scenes
+from vlscale.data.scenes import regions as scene_regions
+from vlscale.data.scenes.drawing import COLOURS, SHAPES, SIZES, Group
+from vlscale.data.scenes.embedded import Embedded, ensure, samples
+from vlscale.data.scenes.questions import NUMBERS
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError
 
@@ -32,8 +34,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
 
 
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scene_drawing, "NUM_TRAIN", 32)
-    monkeypatch.setattr(scene_drawing, "NUM_VAL", 8)
+    monkeypatch.setattr(drawing, "NUM_TRAIN", 32)
+    monkeypatch.setattr(drawing, "NUM_VAL", 8)
 
 
 def meaning(caption: str) -> tuple[object, ...]:
@@ -84,7 +86,7 @@ def test_the_record_tells_what_is_drawn(embedded: Embedded, tmp_path: Path) -> N
 
 
 def test_the_relation_holds_for_all_things() -> None:
-    for number, scene in enumerate(scene_drawing.scenes(train=False)):
+    for number, scene in enumerate(drawing.scenes(train=False)):
         first, second = ([t.box for t in scene.things if t.group == g] for g in (scene.first, scene.second))
         assert max(box[2 + scene.axis] for box in first) < min(box[scene.axis] for box in second), scene.caption
         assert (len(first), len(second)) == (scene.first.count, scene.second.count)
@@ -95,7 +97,7 @@ def test_the_relation_holds_for_all_things() -> None:
 def test_phrases() -> None:
     assert Group(shape=0, colour=0, size=1, count=1).phrase == "a large red circle"
     assert Group(shape=4, colour=2, size=0, count=3).phrase == "three blue crosses"
-    assert len(scene_drawing.descriptions()) == 38_080
+    assert len(drawing.descriptions()) == 38_080
 
 
 DRAWN = {  # SHA-256 of the first 64 captions and pictures of scenes-1, which later numbers keep
@@ -107,7 +109,7 @@ DRAWN = {  # SHA-256 of the first 64 captions and pictures of scenes-1, which la
 @pytest.mark.parametrize("train", [False, True])
 def test_pictures_and_captions_are_those_of_scenes_1(train: bool) -> None:
     digest = hashlib.sha256()
-    for scene in islice(scene_drawing.scenes(train), 64):
+    for scene in islice(drawing.scenes(train), 64):
         digest.update(scene.caption.encode())
         digest.update(scene.draw().tobytes())
     assert digest.hexdigest() == DRAWN[train]

@@ -17,13 +17,13 @@ import simplejpeg
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from tests.shard_files import png, sample, shared, write_samples, write_tar
-from vlscale.data import access
 from vlscale.data import shards as shards_module
 from vlscale.data.decode import decode, picture_size, resize
-from vlscale.data.indexing import index
 from vlscale.data.phrases import every_text
 from vlscale.data.samples import BrokenSampleError, picture, sentences
 from vlscale.data.shards import Shards, expand
+from vlscale.data.storage import access
+from vlscale.data.storage.indexing import index
 from vlscale.data.text import AS_IT_IS
 from vlscale.errors import DataError
 

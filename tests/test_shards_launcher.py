@@ -21,8 +21,8 @@ from tests.test_formats import picture_arrays, write_pictures
 from tests.unlucky import Unlucky, Unreadable
 from vlscale.data import samples
 from vlscale.data.formats import FORMATS
+from vlscale.data.making.write import Layout, make
 from vlscale.data.shards import Shards
-from vlscale.data.write import Layout, make
 from vlscale.errors import DONE, ConfigError, DataError
 from vlscale.types import Inputs
 

@@ -17,11 +17,11 @@ import pytest
 
 from tests.shard_files import write_samples, write_tar
 from tests.store_servers import Store, files, serving
-from vlscale.data import access
-from vlscale.data import cache as cache_module
-from vlscale.data import stores as stores_module
 from vlscale.data.shards import Shards, StoreOptions, expand
-from vlscale.data.stores import is_pattern, shown
+from vlscale.data.storage import access
+from vlscale.data.storage import cache as cache_module
+from vlscale.data.storage import stores as stores_module
+from vlscale.data.storage.stores import is_pattern, shown
 from vlscale.errors import ConfigError, DataError
 
 COUNT, PER_SHARD = 12, 4

@@ -22,13 +22,13 @@ from launchers import shards as launcher
 from tests.runs import ROOT, environment
 from tests.shard_files import png
 from tests.unlucky import Numbered
-from vlscale.data import inspect
-from vlscale.data.checksums import read_sums, sha256
 from vlscale.data.decode import decode, picture_size
-from vlscale.data.manifest import Manifest
+from vlscale.data.looking import inspect
+from vlscale.data.making.checksums import read_sums, sha256
+from vlscale.data.making.manifest import Manifest
+from vlscale.data.making.shrink import Shrink
+from vlscale.data.making.write import Layout, Sample, make
 from vlscale.data.shards import Shards
-from vlscale.data.shrink import Shrink
-from vlscale.data.write import Layout, Sample, make
 from vlscale.errors import DONE, ConfigError, DataError
 
 SAMPLES = 10  # of `Numbered`, two of them broken

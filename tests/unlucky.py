@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from vlscale.data.making.write import Layout, Sample, make
 from vlscale.data.parallel import FEW
-from vlscale.data.write import Layout, Sample, make
 
 
 class Unlucky:

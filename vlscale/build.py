@@ -15,13 +15,14 @@ import torch
 from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
-from vlscale.data import held_out, scenes
+from vlscale.data import held_out
 from vlscale.data import views as view_data
 from vlscale.data.bad import Budget
 from vlscale.data.batches import Batching, Even, Spread, fewest, make_batching
 from vlscale.data.lengths import Lengths, Reading, Shapes, measure
 from vlscale.data.loader import Loader, Preprocessing
 from vlscale.data.order import Source, TaskOrder
+from vlscale.data.scenes import embedded as scenes
 from vlscale.data.shards import Shards
 from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unused_weights
 from vlscale.data.text import Tokenizer

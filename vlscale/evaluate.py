@@ -16,6 +16,7 @@ from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.model import PretrainModel
+from vlscale.options import InitConfig
 
 
 def evaluate(
@@ -59,7 +60,7 @@ def evaluate(
 def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainModel:
     """The run's model with a checkpoint's weights, in the precision they were trained in."""
     weights = load_file(found.folder / checkpoint.WEIGHTS)
-    model = build.build_model(replace(run, init=config.InitConfig()))  # every weight comes from the checkpoint
+    model = build.build_model(replace(run, init=InitConfig()))  # every weight comes from the checkpoint
     for name, parameter in model.named_parameters():
         if name in weights:
             parameter.data = parameter.data.to(weights[name].dtype)

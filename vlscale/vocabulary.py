@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
-from vlscale.config import TextConfig
 from vlscale.data import answers as answer_data
 from vlscale.data import text as text_data
 from vlscale.data.phrases import FEW, every_text, measure_cut, spread
@@ -18,6 +17,7 @@ from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
+from vlscale.options import TextConfig
 from vlscale.types import Inputs
 
 TOKENIZER = "tokenizer.json"  # these two lie in the run folder

@@ -21,7 +21,7 @@ from vlscale.data import views
 from vlscale.data.held_out import FIRST_ID, HeldOutBatches
 from vlscale.data.loader import Preprocessing
 from vlscale.data.order import TaskOrder
-from vlscale.data.scene_regions import FEATURES, NUM_CLASSES
+from vlscale.data.scenes.regions import FEATURES, NUM_CLASSES
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError, DataError
 from vlscale.evaluation import pretext, retrieval

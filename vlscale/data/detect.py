@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from vlscale.data.decode import Pixels, decode
 from vlscale.data.detections import Detections, write_regions
+from vlscale.data.making.write import Member, Written, require_dtype, rewrite
 from vlscale.data.samples import REGION_FIELD, picture_field
 from vlscale.data.shards import Shards
-from vlscale.data.write import Member, Written, require_dtype, rewrite
 from vlscale.errors import ConfigError
 
 LEAST = 10  # regions that stay whatever their confidence: MIN_BOXES of bottom-up attention's tools/generate_tsv.py

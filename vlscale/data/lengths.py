@@ -23,7 +23,6 @@ from vlscale.data.arrays import read_arrays, read_header
 from vlscale.data.augment import KeepRatio
 from vlscale.data.decode import picture_size
 from vlscale.data.detections import BY_REGION
-from vlscale.data.locks import alone
 from vlscale.data.order import Order
 from vlscale.data.parallel import cores, ordered
 from vlscale.data.philox import ManyDraws
@@ -32,9 +31,10 @@ from vlscale.data.pictures import CELL
 from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture_field
 from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.shuffle import Numbers
+from vlscale.data.storage.locks import alone
+from vlscale.data.storage.whole import whole_folder
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
-from vlscale.data.whole import whole_folder
 from vlscale.errors import ConfigError
 from vlscale.types import Inputs
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlscale.data.decode import MAX_PIXELS
-from vlscale.data.stores import StoreOptions
+from vlscale.data.storage.stores import StoreOptions
 from vlscale.errors import ConfigError
 
 

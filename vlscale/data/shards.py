@@ -24,11 +24,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from vlscale.data import index as index_file
-from vlscale.data.access import OTHER_PACKINGS, Access, Origin, Span
-from vlscale.data.index import Files, Head, Index
-from vlscale.data.stores import PIPE, StoreOptions, Stores, is_pattern, scheme, shown
-from vlscale.data.tar import TarError
+from vlscale.data.storage import index as index_file
+from vlscale.data.storage.access import OTHER_PACKINGS, Access, Origin, Span
+from vlscale.data.storage.index import Files, Head, Index
+from vlscale.data.storage.stores import PIPE, StoreOptions, Stores, is_pattern, scheme, shown
+from vlscale.data.storage.tar import TarError
 from vlscale.errors import ConfigError, DataError, did_you_mean
 
 MAX_MAPPED = 128  # indexes that a thread keeps mapped; each holds a descriptor

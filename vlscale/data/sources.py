@@ -9,7 +9,7 @@ from pathlib import Path
 from vlscale.data.options import DataConfig
 from vlscale.data.order import Order, Source
 from vlscale.data.shards import Shards, expand
-from vlscale.data.stores import StoreOptions
+from vlscale.data.storage.stores import StoreOptions
 from vlscale.errors import ConfigError, DataError, did_you_mean
 
 Given = Sequence[str] | Mapping[str, str | Sequence[str]]  # globs, or {source: globs}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlscale.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from vlscale.data.write import Source
+    from vlscale.data.making.write import Source
 
 CAPTIONED = ("albef_json", "coco", "karpathy", "flickr30k", "cc_tsv")  # name pictures and their captions
 ASKED = ("vqa", "gqa", "nlvr2", "refcoco", "snli_ve")  # name pictures and what is asked or said of them

@@ -16,7 +16,7 @@ from typing import Any
 from vlscale.data.formats.base import Options
 from vlscale.data.formats.captions import stem
 from vlscale.data.formats.listed import Entries, Entry, Listed, Record, read_json, text
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 
 __all__ = ["Options", "source"]
 

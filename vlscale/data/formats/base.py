@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vlscale.data.detections import OUTSIDE, Detections
 from vlscale.data.formats import recognise
 from vlscale.data.formats.captions import Texts, read_texts
-from vlscale.data.write import Sample
+from vlscale.data.making.write import Sample
 from vlscale.errors import ConfigError, DataError
 
 Arrays = Mapping[str, Any]  # of one picture, by the names of whoever wrote them

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from vlscale.data.formats.base import Options, files_in
 from vlscale.data.formats.listed import listed_sample
 from vlscale.data.formats.recognise import require_table
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 from vlscale.errors import ConfigError, DataError
 
 __all__ = ["Options", "source"]

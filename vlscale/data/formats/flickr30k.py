@@ -17,7 +17,7 @@ from vlscale.data.formats.base import Options, files_in
 from vlscale.data.formats.captions import stem
 from vlscale.data.formats.listed import Entries, Entry, Listed, Record, require_splits, text
 from vlscale.data.formats.recognise import require_table
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 from vlscale.errors import DataError
 
 __all__ = ["Options", "source"]

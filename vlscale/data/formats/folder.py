@@ -10,7 +10,7 @@ from pathlib import Path
 from vlscale.data.decode import picture_size
 from vlscale.data.formats.base import PICTURES, Options, files_in, texts_of
 from vlscale.data.formats.captions import Texts, read_texts
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 
 __all__ = ["Options", "source"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from vlscale.data.formats.base import PICTURES, Options, files_in
 from vlscale.data.formats.folder import beside
 from vlscale.data.formats.listed import listed_sample, text
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 from vlscale.errors import DataError
 
 __all__ = ["Options", "source"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from vlscale.data.formats.base import Options
 from vlscale.data.formats.captions import stem
 from vlscale.data.formats.listed import Entries, Entry, Listed, Record, read_json, require_splits, text
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 
 __all__ = ["Options", "source"]
 

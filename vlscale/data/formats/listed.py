@@ -12,8 +12,8 @@ from typing import Any
 from vlscale.data.decode import picture_size
 from vlscale.data.formats import recognise
 from vlscale.data.formats.base import files_in
-from vlscale.data.shrink import scaled
-from vlscale.data.write import Sample
+from vlscale.data.making.shrink import scaled
+from vlscale.data.making.write import Sample
 from vlscale.errors import DataError, did_you_mean
 
 Record = Mapping[str, Any]

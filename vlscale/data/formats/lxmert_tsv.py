@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.formats.base import Extras, Options, detections, files_in
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 
 __all__ = ["Options", "source"]
 

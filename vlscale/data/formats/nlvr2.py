@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlscale.data.formats.base import Options
 from vlscale.data.formats.listed import Entries, Entry, Listed, Names, Record, read_json, text
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 
 __all__ = ["Options", "source"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from vlscale.data.arrays import read_arrays
 from vlscale.data.formats.base import NAMES, Extras, Options, detections, files_in
 from vlscale.data.formats.folder import beside, picture, picture_beside
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 
 __all__ = ["Options", "source"]
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vlscale.data.detections import Detections
 from vlscale.data.formats.base import Extras, Options, files_in, to_pixels
 from vlscale.data.formats.lxmert_tsv import unpack
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 
 __all__ = ["Options", "source"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from vlscale.data.formats.base import Options
 from vlscale.data.formats.coco import names_of, numbered, object_of, picture
 from vlscale.data.formats.listed import Entries, Entry, Listed, Record, read_json, require_splits, text
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 from vlscale.errors import DataError
 
 __all__ = ["Options", "source"]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vlscale.data.arrays import read_arrays
 from vlscale.data.formats.base import Extras, Options, detections, optional
 from vlscale.data.formats.captions import Texts
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 from vlscale.errors import ConfigError, DataError
 
 __all__ = ["Options", "source"]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vlscale.data.detections import Detections
 from vlscale.data.formats.base import Extras, Options, files_in, optional
-from vlscale.data.write import Sample, Source
+from vlscale.data.making.write import Sample, Source
 from vlscale.errors import DataError
 
 __all__ = ["Options", "source"]

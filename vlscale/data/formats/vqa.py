@@ -17,7 +17,7 @@ from vlscale.data.formats.base import Options
 from vlscale.data.formats.captions import stem
 from vlscale.data.formats.coco import numbered, places
 from vlscale.data.formats.listed import Entries, Entry, Listed, Names, Record, read_json, text
-from vlscale.data.write import Source
+from vlscale.data.making.write import Source
 from vlscale.errors import DataError
 
 __all__ = ["Options", "source"]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data import tar
+from vlscale.data.storage import tar
 from vlscale.errors import ConfigError
 
 VERSION = 2

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from numpy.random import Generator
 
-from vlscale.data.scene_drawing import COLOURS, RELATIONS, SHAPES, Group, Scene, plural
+from vlscale.data.scenes.drawing import COLOURS, RELATIONS, SHAPES, Group, Scene, plural
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")  # two groups of at most three
 

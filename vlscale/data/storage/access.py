@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
-from vlscale.data.cache import Cache, Entry, Room
-from vlscale.data.stores import PIECE, PIPE, Stat, StoreOptions, Stores, changed, scheme, shown
+from vlscale.data.storage.cache import Cache, Entry, Room
+from vlscale.data.storage.stores import PIECE, PIPE, Stat, StoreOptions, Stores, changed, scheme, shown
 from vlscale.errors import DataError
 
 MAX_OPEN_FILES = 128  # local shards kept open per thread; with `MAX_MAPPED` far below the usual 1,024 descriptors

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from vlscale.data import parallel
-from vlscale.data.index import place_of
 from vlscale.data.shards import Patterns, Shards, cache_folder, expand
-from vlscale.data.stores import StoreOptions, shown
+from vlscale.data.storage.index import place_of
+from vlscale.data.storage.stores import StoreOptions, shown
 from vlscale.errors import DataError
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vlscale.data import detections, parallel
 from vlscale.data.decode import picture_size
-from vlscale.data.inspect import kind_of, record_of, size_of
+from vlscale.data.looking.inspect import kind_of, record_of, size_of
 from vlscale.data.samples import BrokenSampleError, Sentence, sentences
 from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vlscale.data import locks
+from vlscale.data.storage import locks
 from vlscale.errors import DataError
 
 RESTS = 60.0  # seconds after its last use before a shard may make room for another

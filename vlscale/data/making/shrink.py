@@ -12,7 +12,7 @@ from vlscale.data.decode import decode, picture_size, resize
 from vlscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlscale.data.write import Sample
+    from vlscale.data.making.write import Sample
 
 ENDS = ("jpg", "jpeg", "png", "webp")
 BOXES = ("box", "bbox", "boxes", "bboxes")

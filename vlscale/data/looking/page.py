@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from vlscale.data.cards import Box, Card, Thumbnail
+from vlscale.data.looking.cards import Box, Card, Thumbnail
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5c6672; --line: #dde1e6;
@@ -56,7 +56,7 @@ def page(title: str, figures: Mapping[str, Any], cards: Sequence[Card]) -> str:
 
     Args:
         title: what is described, such as the shards' names.
-        figures: of `vlscale.data.describe`.
+        figures: of `vlscale.data.looking.describe`.
         cards: samples to show.
     """
     drawn = figures["described"]

@@ -17,7 +17,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from vlscale.data.decode import Pixels
-from vlscale.data.scene_drawing import COLOURS, SHAPES, SIDE, SIZES, Group, Scene
+from vlscale.data.scenes.drawing import COLOURS, SHAPES, SIDE, SIZES, Group, Scene
 
 FEATURES = 64  # width of a region's features
 NUM_CLASSES = 1 + len(SHAPES) * len(COLOURS)  # 0 = background

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from vlscale.data import checksums, detections, parallel
+from vlscale.data import detections, parallel
 from vlscale.data.arrays import read_arrays
 from vlscale.data.decode import MAX_PIXELS, Pixels, decode, picture_size
+from vlscale.data.making import checksums
 from vlscale.data.samples import MAX_MEMBER_BYTES, PICTURE_FIELDS, BrokenSampleError, read_json, sentences
 from vlscale.data.shards import Patterns, Shards, expand
-from vlscale.data.stores import PIPE, StoreOptions, Stores, scheme, shown
+from vlscale.data.storage.stores import PIPE, StoreOptions, Stores, scheme, shown
 from vlscale.errors import ConfigError, DataError
 
 ENDS = ("jpg", "jpeg", "png", "webp")

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from vlscale.data.decode import Pixels
-from vlscale.data.scene_drawing import scenes
-from vlscale.data.scene_questions import questions
-from vlscale.data.scene_regions import detect, npz
+from vlscale.data.scenes.drawing import scenes
+from vlscale.data.scenes.questions import questions
+from vlscale.data.scenes.regions import detect, npz
 from vlscale.data.shards import cache_folder
-from vlscale.data.whole import whole_folder
+from vlscale.data.storage.whole import whole_folder
 from vlscale.errors import ConfigError
 
 PER_SHARD = 4_096

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
-from vlscale.data import locks
+from vlscale.data.storage import locks
 from vlscale.errors import ConfigError, DataError
 
 VERSION = 1

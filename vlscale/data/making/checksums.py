@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlscale.data.locks import alone
-from vlscale.data.stores import Stores, scheme, shown
+from vlscale.data.storage.locks import alone
+from vlscale.data.storage.stores import Stores, scheme, shown
 from vlscale.errors import DataError
 
 SUMS = "SHA256SUMS"

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from vlscale.data import checksums, parallel
+from vlscale.data import parallel
 from vlscale.data.detections import Detections, write_regions
-from vlscale.data.manifest import Finished, Manifest
+from vlscale.data.making import checksums
+from vlscale.data.making.manifest import Finished, Manifest
+from vlscale.data.making.shrink import Shrink
 from vlscale.data.shards import Shards, load_index
-from vlscale.data.shrink import Shrink
 from vlscale.errors import ConfigError, DataError
 
 _Item = TypeVar("_Item")

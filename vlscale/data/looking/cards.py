@@ -10,8 +10,8 @@ import simplejpeg
 
 from vlscale.data import detections
 from vlscale.data.decode import Pixels, decode, resize
-from vlscale.data.describe import statements_of
-from vlscale.data.inspect import first_frame, kind_of, record_of, size_of
+from vlscale.data.looking.describe import statements_of
+from vlscale.data.looking.inspect import first_frame, kind_of, record_of, size_of
 from vlscale.data.samples import MAX_MEMBER_BYTES, BrokenSampleError, Sentence, sentences
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError

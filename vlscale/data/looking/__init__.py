@@ -1,0 +1,1 @@
+"""What `shards.py verify` and `describe` show."""

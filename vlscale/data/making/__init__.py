@@ -1,0 +1,1 @@
+"""Shards from other data: writing, checksums, resuming."""

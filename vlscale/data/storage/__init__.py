@@ -1,0 +1,1 @@
+"""Where bytes lie: tars and their indexes, stores, the cache."""
