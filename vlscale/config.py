@@ -48,14 +48,14 @@ class RunConfig:
     seed: int = 0
     views: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
-    text: TextConfig = TextConfig()
+    text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    momentum: MomentumConfig = MomentumConfig()
-    init: InitConfig = InitConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    logging: LoggingConfig = LoggingConfig()
+    momentum: MomentumConfig = field(default_factory=MomentumConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     activation_checkpointing: str = "none"
 
 
