@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlscale import averages, distributed, ds_config, optim, optimizers
 from vlscale.averages import Averages
-from vlscale.errors import ConfigError
+from vlscale.errors import ConfigError, TrainingError
 from vlscale.model import PretrainModel
 from vlscale.types import Batch, Moment, Pass
 
@@ -33,8 +33,9 @@ class StepReport:
     """How an optimizer step went."""
 
     grad_norm: float  # global L2 norm before clipping; nan where it is not finite
-    applied: bool  # False = a non-finite gradient: every rank skipped the update
+    applied: bool  # False = a non-finite gradient: every rank skipped the update, and nothing else may move either
     loss_scale: float | None  # fp16 only
+    answered: bool = False  # skipped, and the dynamic loss scale of fp16 answers it: no fault of anyone's
 
 
 class Engine(Protocol):
@@ -53,7 +54,13 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> StepReport:
-        """Average over micro-batches and ranks, clip, update, forget the gradients."""
+        """Average over micro-batches and ranks, clip, update, forget the gradients.
+
+        Where the norm of the gradients is not finite, on whatever rank it began, all ranks leave everything as it is.
+
+        Raises:
+            TrainingError: the loss scale of fp16 cannot fall any further.
+        """
         ...
 
     def after_step(self, coefficient: float) -> None:
@@ -177,15 +184,38 @@ class DeepSpeedEngine(TwinEngine):
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         norm = self._plain_gradients() if self.stage == 0 else None
+        if norm is not None and not math.isfinite(norm):  # the same on all ranks, and DeepSpeed would not look
+            self._ds.zero_grad()
+            return StepReport(math.nan, False, None)
+        answered = self._fp16 and self._scale_can_fall()
         skipped = self._ds.skipped_steps
-        self._ds.step()
+        self._ds_step()
         applied = self._ds.skipped_steps == skipped
         if norm is None:
             found = self._ds.get_global_grad_norm() if applied else None  # of a skipped step it tells an earlier one
             norm = math.nan if found is None else float(found)
         self._forget_gradients()
         scale = float(self._ds.optimizer.cur_scale) if self._fp16 else None
-        return StepReport(norm, applied, scale)
+        return StepReport(norm, applied, scale, answered=answered and not applied)
+
+    def _ds_step(self) -> None:
+        try:
+            self._ds.step()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise TrainingError(
+                f"the gradients overflow fp16 even at the smallest loss scale ({self._ds.optimizer.cur_scale:g}); go on "
+                "from the last checkpoint in bf16 or fp32 (another --ds_config), or with a smaller optim.lr"
+            ) from None
+
+    def _scale_can_fall(self) -> bool:
+        """Whether an overflow is met by a smaller loss scale; stage 0 keeps its scaler under other names."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        if scaler is not None:
+            return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+        scaling = self._optimizer.loss_scale_config
+        return bool(scaling.dynamic_loss_scale and scaling.cur_scale > scaling.min_loss_scale)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.weights`."""

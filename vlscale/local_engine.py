@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class LocalEngine(TwinEngine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.get_total_norm([parameter.grad for parameter in own])
+        if not norm.isfinite():
+            self._optimizer.zero_grad()
+            return StepReport(math.nan, False, None)
         if self._clip > 0:
             nn.utils.clip_grads_with_norm_(own, self._clip, norm)
         self._optimizer.step()

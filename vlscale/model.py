@@ -249,6 +249,8 @@ class PretrainModel(nn.Module):
         """
         if when == "step":
             moving.move(self.family)
+            for queue in self.key_queues().values():
+                queue.settle(applied=True)
         names = [name for name in made[0] if self.key_queues()[name].options.queue_push == when]
         dtypes = {name: DTYPES[self.key_queues()[name].options.queue_dtype] for name in names}
         local = [name for name in names if not made[0][name].whole]
@@ -266,6 +268,13 @@ class PretrainModel(nn.Module):
         for name in names:
             if made[0][name].whole:  # each micro-batch holds all of them
                 self.key_queues()[name].push(made[0][name].keys, made[0][name].ids, step)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """In place of the step's last `commit`: the step was skipped, and leaves no trace."""
+        moving.forget(self.family)
+        for queue in self.key_queues().values():
+            queue.settle(applied=False)
 
     def queue_metrics(self, step: int) -> dict[str, Tensor]:
         """`queue/<name>/filled` and `queue/<name>/age_steps`, [] fp32 each."""

@@ -119,8 +119,10 @@ def one_step(
             model.commit([made.keys], step, "micro_batch")
             passes.append(made)
     report = machine.step(optim.lr_at(step, run.optim, run.steps))
-    model.commit([made.keys for made in passes], step, "step")
-    if report.applied:
+    if not report.applied:
+        model.forget()
+    else:
+        model.commit([made.keys for made in passes], step, "step")
         machine.after_step(momentum.coefficient(step, run.momentum.coefficient, run.momentum.schedule, run.steps))
     return StepResult(batches, [made.losses for made in passes], shares, report)
 

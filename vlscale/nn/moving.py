@@ -48,10 +48,10 @@ class Moving(nn.Module):
 def move(module: nn.Module) -> None:
     """Move all layers of `module` that noted something; their sums cross ranks in one message.
 
-    The same layers must have noted on every rank. What holds a number that is not finite moves nothing: the step's
-    update is skipped then, and an average would never get rid of it.
+    The same layers must have noted on every rank. What holds a number that is not finite moves nothing: an average
+    would never get rid of it.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, Moving) and layer.noted is not None]
+    layers = _noting(module)
     noted = [layer.noted for layer in layers if layer.noted is not None]
     if not noted:
         return
@@ -63,3 +63,13 @@ def move(module: nn.Module) -> None:
             buffer = layer.get_buffer(name)
             buffer.copy_(torch.where(finite, value, buffer))
         layer.noted = None
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what the layers of `module` noted: the step was skipped."""
+    for layer in _noting(module):
+        layer.noted = None
+
+
+def _noting(module: nn.Module) -> list[Moving]:
+    return [layer for layer in module.modules() if isinstance(layer, Moving) and layer.noted is not None]

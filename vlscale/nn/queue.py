@@ -67,6 +67,7 @@ class KeyQueue(nn.Module):
         self.register_buffer("entered", torch.zeros(places, dtype=torch.int64))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("filled", torch.full((1,), self.capacity if self.full_from_start else 0))
+        self._replaced: list[tuple[Tensor, ...]] = []  # by keys that entered within the step being made
         if self.full_from_start:
             self._draw(width, seed)
 
@@ -113,6 +114,9 @@ class KeyQueue(nn.Module):
         self._advance(len(keys))
 
     def _write(self, places: Tensor, keys: Tensor, ids: Tensor, step: int) -> None:
+        if self.options.queue_push == "micro_batch":  # before it is known whether the step is skipped
+            ring = (self.keys[places], self.ids[places], self.entered[places])
+            self._replaced.append((places, *ring, self.pointer.clone(), self.filled.clone()))
         self.keys.index_copy_(0, places, keys.to(self.keys.dtype))
         self.ids.index_copy_(0, places, ids)
         self.entered.index_fill_(0, places, step)
@@ -120,6 +124,14 @@ class KeyQueue(nn.Module):
     def _advance(self, number: int) -> None:
         self.pointer.add_(number).remainder_(self.capacity)
         self.filled.add_(number).clamp_(max=self.capacity)
+
+    def settle(self, applied: bool) -> None:
+        """The step being made is over; unless it was applied, what entered within it leaves again."""
+        for places, keys, ids, entered, pointer, filled in [] if applied else reversed(self._replaced):
+            self.keys[places], self.ids[places], self.entered[places] = keys, ids, entered
+            self.pointer.copy_(pointer)
+            self.filled.copy_(filled)
+        self._replaced.clear()
 
     def log_sum_exp(self, queries: Tensor, temperature: Tensor, apart: Tensor | None = None) -> Tensor:
         """log of the sum over all keys of exp(query . key / temperature), [N], with gradient.

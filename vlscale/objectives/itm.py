@@ -124,8 +124,9 @@ class Itm(Objective):
         """
         if self.whole:
             return _inverse(t2i, enc.uniforms(PICTURES)), _inverse(i2t, enc.uniforms(TEXTS))
-        pictures = torch.multinomial(t2i, 1)[:, 0]
-        return pictures, torch.multinomial(i2t, 1)[:, 0]
+        # what is not a number would end the run here, where the step's gradients tell all ranks to skip it
+        pictures, texts = (torch.multinomial(each.nan_to_num(nan=1.0), 1)[:, 0] for each in (t2i, i2t))
+        return pictures, texts
 
     def count(self, batch: Batch) -> Tensor | None:
         """[] int64 pairs; None with hard negatives, drawn from as many samples in each micro-batch."""
