@@ -30,6 +30,7 @@ from vlscale.options import (
     MomentumConfig,
     TaskConfig,
     TextConfig,
+    WatchdogConfig,
 )
 
 HERE = Path(__file__).parent
@@ -56,6 +57,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     activation_checkpointing: str = "none"
 
 
@@ -68,6 +70,7 @@ SECTIONS = {
     "checkpoint": CheckpointConfig,
     "evaluation": EvaluationConfig,
     "logging": LoggingConfig,
+    "watchdog": WatchdogConfig,
 }
 PLAIN = {"steps": int, "seed": int, "activation_checkpointing": str}
 AT_LEAST_1 = (
@@ -93,6 +96,8 @@ AT_LEAST_0 = (
     "optim.warmup",
     "optim.clip",
     "evaluation.every",
+    "watchdog.start",
+    "watchdog.step",
 )
 KEYS = (*PLAIN, *SECTIONS, "family", "objectives", "views", "tasks")
 

@@ -75,6 +75,14 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds without a sign of life after which a rank says where it stands and the run ends; 0 = never."""
+
+    start: float = 1800.0  # reading shards, building, and the first step with what it compiles
+    step: float = 600.0  # from then on; every step, batch of an evaluation and collective is a sign of life
+
+
+@dataclass(frozen=True)
 class InitConfig:
     """Local folders (or files) with weights to start from."""
 
