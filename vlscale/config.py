@@ -28,6 +28,8 @@ from vlscale.options import (
     InitConfig,
     LoggingConfig,
     MomentumConfig,
+    NonFiniteConfig,
+    SpikeConfig,
     TaskConfig,
     TextConfig,
     WatchdogConfig,
@@ -55,6 +57,8 @@ class RunConfig:
     momentum: MomentumConfig = field(default_factory=MomentumConfig)
     init: InitConfig = field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
@@ -68,6 +72,8 @@ SECTIONS = {
     "momentum": MomentumConfig,
     "init": InitConfig,
     "checkpoint": CheckpointConfig,
+    "non_finite": NonFiniteConfig,
+    "spikes": SpikeConfig,
     "evaluation": EvaluationConfig,
     "logging": LoggingConfig,
     "watchdog": WatchdogConfig,
@@ -84,6 +90,9 @@ AT_LEAST_1 = (
     "optim.stair",
     "checkpoint.every",
     "checkpoint.keep",
+    "non_finite.budget",
+    "non_finite.window",
+    "spikes.window",
     "evaluation.limit",
     "logging.every",
 )
@@ -95,6 +104,7 @@ AT_LEAST_0 = (
     "optim.lr",
     "optim.warmup",
     "optim.clip",
+    "spikes.budget",
     "evaluation.every",
     "watchdog.start",
     "watchdog.step",

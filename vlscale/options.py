@@ -58,6 +58,28 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class NonFiniteConfig:
+    """How many steps may be skipped because their gradients are not finite."""
+
+    budget: int = 10  # so many of them end the run ...
+    window: int = 1000  # ... where they lie within so many steps
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """When a logged loss is a spike, and what becomes of it."""
+
+    factor: float = 10.0  # robust deviations (1.4826 MAD, at least 1 % of the median) above the median
+    window: int = 100  # logged lines of the task that the median is of
+    roll_back: bool = False  # go on from the last checkpoint before it, past the data that led to it
+    budget: int = 3  # so many roll-backs; the next spike ends the run
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ConfigError(f"spikes.factor should be above 0 (got {self.factor})")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """When the validation shards are evaluated; `every` 0 = only at the end."""
 
