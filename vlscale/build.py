@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
+from vlscale import agreement, checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out
@@ -110,15 +110,13 @@ def setup(request: Request) -> Setting:
         "shards of data.train": f"{train.fingerprint()} ({len(train)} samples)",
         "shards of data.val": f"{val.fingerprint()} ({len(val)} samples)",
     }
-    distributed.same_settings("what the ranks were told", {**config.flat(run), **told})
+    agreement.same_settings("what the ranks were told", {**config.flat(run), **told})
     asks, inputs = _asks(run), run.family.inputs
     began = out if begin is None else checkpoint.run_folder(begin)
     read = {"questions": asks, "tags": inputs.tags}
-    kept = distributed.by_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
+    kept = agreement.by_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
     answers = (
-        distributed.by_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run)))
-        if asks
-        else ""
+        agreement.by_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run))) if asks else ""
     )
     tokenizer = vocabulary.make_tokenizer(kept, inputs)
     vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))

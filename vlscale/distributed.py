@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -15,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlscale.errors import ConfigError, TrainingError, VlscaleError
+from vlscale.collectives import NAMES, Collectives
+from vlscale.errors import ConfigError, TrainingError, differences
 
 TIMEOUT = timedelta(minutes=30)  # a first compilation or a large checkpoint may keep a rank away
+ANSWER = 3.0  # seconds in which a rank that lives says something
 
 
 def rank() -> int:
@@ -35,11 +39,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def init() -> torch.device:
+def init(timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group that the launcher's environment describes and return this rank's device.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (deepspeed, torchrun); without them it
-    makes a group of one.
+    makes a group of one. A collective that takes longer than `timeout` fails.
 
     Raises:
         ConfigError: the environment is incomplete, or names a GPU that this machine does not have.
@@ -57,7 +61,7 @@ def init() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -73,6 +77,32 @@ def _one_process_defaults() -> None:
     if not given:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+
+
+def record(into: Collectives) -> Callable[[], None]:
+    """Note every collective, ours and DeepSpeed's, from now on; returns what ends that."""
+    plain = {name: getattr(dist, name) for name in NAMES}
+    for name, function in plain.items():
+        setattr(dist, name, into.recorded(name, function))
+    return lambda: vars(dist).update(plain)
+
+
+def first_to_say(message: str) -> bool:
+    """Whether this rank is the first to say so; False too if nobody can be asked any more."""
+    if world_size() == 1:
+        return True
+    answers: list[int] = []
+    key = hashlib.blake2b(message.encode()).hexdigest()
+    store = dist.distributed_c10d._get_default_store()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # of torch's: the rank that keeps the store has ended
+            answers.append(store.add(f"vlscale/said/{key}", 1))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a rank that hangs would keep us for ever
+    asking.start()
+    asking.join(ANSWER)
+    return answers == [1]
 
 
 def shutdown() -> None:
@@ -262,21 +292,6 @@ def from_rank_0(value: str) -> str:
     return box[0]
 
 
-def by_rank_0(make: Callable[[], str]) -> str:
-    """What rank 0 makes, on every rank; its mistake is every rank's, so that all end with the same code."""
-    text, failure = "", None
-    if rank() == 0:
-        try:
-            text = make()
-        except VlscaleError as error:
-            failure = error
-    code, message = from_rank_0(f"{failure.exit_code} {failure}" if failure else "0 ").split(" ", 1)
-    if code != "0":
-        kinds = {str(kind.exit_code): kind for kind in VlscaleError.__subclasses__()}
-        raise failure or kinds[code](message)
-    return from_rank_0(text)
-
-
 def broadcast_(tensor: Tensor) -> None:
     """Overwrite `tensor` with rank 0's, in place."""
     if world_size() > 1:
@@ -331,9 +346,9 @@ class StepPlans:
     processors of the machines, so that no GPU waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta = TIMEOUT) -> None:
         nccl = world_size() > 1 and dist.get_backend() == "nccl"
-        self._group = dist.new_group(backend="gloo") if nccl else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if nccl else None
 
     def check(self, step: int, plan: Mapping[str, str]) -> None:
         """Compare what this rank is about to do with all others.
@@ -357,28 +372,3 @@ class StepPlans:
             f"ranks disagree about the step to make: {differences(everyone)}; "
             f"start every rank with the same recipe, data and code"
         )
-
-
-def same_settings(name: str, settings: Mapping[str, str]) -> None:
-    """Check that every rank was started with the same settings.
-
-    Raises:
-        TrainingError: they differ; names the ranks and the settings.
-    """
-    everyone: list[Any] = gather_objects(dict(settings))
-    if any(other != everyone[0] for other in everyone):
-        raise TrainingError(f"{name} differs: {differences(everyone)}; start every rank the same way")
-
-
-def differences(everyone: Sequence[Mapping[str, str]]) -> str:
-    """What differs from rank 0, e.g. `task is 'all' on rank 0 but 'words' on rank 1, 3`."""
-    found = []
-    for key in sorted({key for each in everyone for key in each}):
-        others: dict[str, list[str]] = {}
-        for rank, each in enumerate(everyone):
-            others.setdefault(repr(each.get(key)), []).append(str(rank))
-        if len(others) > 1:
-            first, *rest = others.items()
-            there = " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in rest)
-            found.append(f"{key} is {first[0]} on rank {', '.join(first[1])} but {there}")
-    return "; ".join(found)

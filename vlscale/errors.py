@@ -7,7 +7,7 @@ sentence and end with `exit_code`; a traceback is for our own mistakes only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 DONE = 0
 STOPPED = 75  # stopped on request after saving; the same command goes on (BSD's EX_TEMPFAIL)
@@ -50,3 +50,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; there is {', '.join(choices)}" if choices else ""
+
+
+def differences(everyone: Sequence[Mapping[str, str]]) -> str:
+    """What differs from rank 0, e.g. `task is 'all' on rank 0 but 'words' on rank 1, 3`."""
+    found = []
+    for key in sorted({key for each in everyone for key in each}):
+        others: dict[str, list[str]] = {}
+        for rank, each in enumerate(everyone):
+            others.setdefault(repr(each.get(key)), []).append(str(rank))
+        if len(others) > 1:
+            first, *rest = others.items()
+            there = " and ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in rest)
+            found.append(f"{key} is {first[0]} on rank {', '.join(first[1])} but {there}")
+    return "; ".join(found)

@@ -285,7 +285,7 @@ class PretrainModel(nn.Module):
         }
 
     def queue_digests(self) -> dict[str, str]:
-        """{queue: digest} of what every rank must hold alike, for `distributed.same_settings`."""
+        """{queue: digest} of what every rank must hold alike, for `agreement.same_settings`."""
         return {f"the {name} queue": queue.digest() for name, queue in self.key_queues().items()}
 
     def sharded_buffers(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale import build, checkpoint, config, distributed, ds_config, optim
+from vlscale import agreement, build, checkpoint, config, distributed, ds_config, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data import bad as bad_data
@@ -102,7 +102,7 @@ class Record:
         Raises:
             TrainingError: the ranks' key queues have come to differ.
         """
-        distributed.same_settings("what the ranks keep", self._model.queue_digests())
+        agreement.same_settings("what the ranks keep", self._model.queue_digests())
         loader = {**self._loader.state(), "bad_samples": self._bad_samples(step)}
         state = {
             "step": step,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.spawn import free_port, run_ranks
 from tests.runs import ROOT, TINY, environment, last_step
-from vlscale import distributed
+from vlscale import agreement, distributed
 from vlscale.errors import TrainingError
 
 
@@ -28,7 +28,7 @@ def disagree(differing: int) -> str:
 
 
 def settings(steps: dict[int, str]) -> None:
-    distributed.same_settings("what the ranks were told", {"steps": steps[distributed.rank()], "seed": "1"})
+    agreement.same_settings("what the ranks were told", {"steps": steps[distributed.rank()], "seed": "1"})
 
 
 def test_a_plan_that_differs_names_the_ranks() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.distributed.spawn import run_ranks
 from tests.models import albef_batch
-from vlscale import distributed
+from vlscale import agreement, distributed
 from vlscale.errors import TrainingError
 from vlscale.families import albef
 from vlscale.model import PretrainModel
@@ -106,7 +106,7 @@ def digests(spoil: bool) -> list[str]:
     model.commit([made.keys], 1, "step")
     if spoil and distributed.rank() == 1:
         model.key_queues()["text"].keys[3, 0] += 1
-    distributed.same_settings("what the ranks keep", model.queue_digests())
+    agreement.same_settings("what the ranks keep", model.queue_digests())
     return list(model.queue_digests().values())
 
 
