@@ -22,7 +22,7 @@ from vlscale.errors import ConfigError
 CONFIG = "config.yaml"
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
-MAY_CHANGE = ("steps", "logging", "evaluation", "watchdog", *LOADING)  # leave a run the same
+MAY_CHANGE = ("steps", "logging", "evaluation", "watchdog", "non_finite", "spikes", *LOADING)  # leave a run the same
 
 CUT = "data.micro_batch"
 
