@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlscale import agreement, build, checkpoint, config, distributed, ds_config, optim
+from vlscale import agreement, build, checkpoint, config, distributed, ds_config, non_finite, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data import bad as bad_data
 from vlscale.data.bad import BadSamples, Budget
 from vlscale.data.loader import Loader
 from vlscale.engine import Engine, StepReport
-from vlscale.errors import DataError
+from vlscale.errors import DataError, TrainingError, VlscaleError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
+from vlscale.non_finite import Window
 from vlscale.throughput import StepClock
-from vlscale.types import Batch, Loss
+from vlscale.types import Batch, Loss, Moment
 
 Served = tuple[int, list[Batch]]  # a step and this rank's micro-batches
 
@@ -48,7 +50,8 @@ class Record:
         self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
         self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
         self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
-        self.too_many_bad = ""  # the sentence that ends the run, once it should
+        self._window = Window(run.non_finite, setting.begin.state.get("non_finite", ()) if setting.begin else ())
+        self.end: VlscaleError | None = None  # what ends the run, once it should
 
     def timed(self, steps: Iterable[Served]) -> Iterator[Served]:
         """The loader's steps, with the time spent waiting for them noted."""
@@ -69,6 +72,8 @@ class Record:
     ) -> None:
         """Note a step; at log steps, write its line."""
         self._skipped += not report.applied
+        if not (report.applied or report.answered):
+            self._bad_step(step, batches, losses)
         self._clock.step(batches)
         run = self._run
         if step % run.logging.every and step not in (1, run.steps):
@@ -95,6 +100,21 @@ class Record:
         if run.logging.sample_keys:
             values["sample_keys"] = global_keys(batches)
         self._monitor.scalars(step, values)
+        odd = [name for name in values if name.partition("/")[0] == "loss" and not math.isfinite(values[name])]
+        if odd and report.applied:
+            self._monitor.warn(f"step {step}: {', '.join(odd)} is not finite, but the gradients are; it was applied")
+
+    def _bad_step(self, step: int, batches: Sequence[Batch], losses: Sequence[Mapping[str, Loss]]) -> None:
+        """Write down what a skipped step was made of; too many of them end the run."""
+        moments = [Moment(step, self._run.seed, number, len(batches)) for number in range(len(batches))]
+        found = non_finite.findings(self._model, self._loader.shards_of, batches, moments, losses)
+        if distributed.rank() == 0:
+            line = {"step": step, "task": batches[0].task, "grad_norm": None, "micro_batches": found}
+            non_finite.write(self._setting.out, line)
+            self._monitor.warn(non_finite.message(step, found))
+        self._window.add(step)
+        if self._window.spent():
+            self.end = TrainingError(self._window.refusal(self._setting.out / non_finite.FILE))
 
     def save(self, step: int, machine: Engine) -> None:
         """Write a checkpoint.
@@ -112,6 +132,7 @@ class Record:
             "evaluated_step": self._evaluated,
             "loader": loader,
             "skipped_steps": self._skipped,
+            "non_finite": self._window.state(),
         }
         checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
         self._clock.skip()
@@ -136,7 +157,7 @@ class Record:
         data, seen = self._run.data, self._loader.served(step)
         budget = Budget(data.bad_budget, data.bad_always)
         if found and budget.spent(count, seen):
-            self.too_many_bad = budget.refusal(count, seen, found[-1], self._setting.out / bad_data.FILE)
+            self.end = DataError(budget.refusal(count, seen, found[-1], self._setting.out / bad_data.FILE))
         return count
 
     def _passes(self, samples: int) -> dict[str, float]:

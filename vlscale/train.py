@@ -13,7 +13,7 @@ from vlscale import build, distributed, optim, two_pass
 from vlscale.build import Request
 from vlscale.config import RunConfig
 from vlscale.engine import Engine, StepReport
-from vlscale.errors import DONE, STOPPED, DataError
+from vlscale.errors import DONE, STOPPED
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
 from vlscale.nn import momentum
@@ -63,10 +63,10 @@ def train(request: Request) -> int:
         last = step == run.steps
         if evaluation_due(run, step) and (last or not stopping):
             record.evaluate(step)
-        if last or stopping or record.too_many_bad or step % run.checkpoint.every == 0:
+        if last or stopping or record.end or step % run.checkpoint.every == 0:
             record.save(step, machine)
-        if record.too_many_bad:
-            raise DataError(record.too_many_bad)
+        if record.end:
+            raise record.end
         if stopping and not last:
             record.close()
             monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")

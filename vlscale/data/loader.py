@@ -154,10 +154,11 @@ class Loader:
         family that reads squares.
         """
         make = MicroBatches(shards, tokenizer, inputs, preprocessing, order, ahead=order.window)
-        self.order = order
+        self.order = copy.deepcopy(order)  # of its own, as the next: the loader's thread uses the other
+        self._shards = shards
         self._batches = _Numbered(make, preprocessing.tasks, batching)
         self._per_step = batching.per_step
-        self._served = copy.deepcopy(batching).served  # of its own: the loader's thread uses the other
+        self._served = copy.deepcopy(batching).served
         self._workers = workers
         self._fingerprint = shards.fingerprint()
         self.bad_samples = 0
@@ -209,6 +210,16 @@ class Loader:
     def served(self, step: int) -> int:
         """How many positions of the order are used up after `step`."""
         return self._served(step)
+
+    def shards_of(self, batch: Batch) -> list[str]:
+        """The shard of each sample of a micro-batch that `steps` gave."""
+        starts = self.order(batch.positions).tolist()
+        return [self._shard(start, key) for start, key in zip(starts, batch.keys, strict=True)]
+
+    def _shard(self, start: int, key: str) -> str:
+        """That of the first sample from number `start` on whose key this is: those before it were skipped."""
+        numbers = [(start + attempt) % len(self._shards) for attempt in range(MAX_BROKEN_IN_A_ROW)]
+        return str(self._shards.shard(next(number for number in numbers if self._shards.key(number) == key)))
 
     def take_bad(self) -> list[Bad]:
         """The samples that were skipped since the last call, each as often as it was."""
