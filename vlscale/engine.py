@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +21,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vlscale import averages, distributed, ds_config, optim, optimizers
+from vlscale import averages, distributed, ds_config, optim, optimizers, state
 from vlscale.averages import Averages
 from vlscale.errors import ConfigError, TrainingError
 from vlscale.model import PretrainModel
+from vlscale.pieces import Piece, Reader
+from vlscale.state import Span, State
 from vlscale.types import Batch, Moment, Pass
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what moves in a dynamic one
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,24 @@ class Engine(Protocol):
         """Every parameter and buffer, whole, on the host, in training precision. All ranks take part."""
         ...
 
+    def pieces(self) -> list[Piece]:
+        """What this rank writes of the state that a run goes on from: live tensors, and no rank waits for another."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """The small part of it, the same on all ranks; JSON."""
+        ...
+
+    def restore(self, reader: Reader, scalars: Mapping[str, Any]) -> None:
+        """Go on from what all ranks of a run wrote, on whatever number of ranks and at whatever ZeRO stage.
+
+        All ranks take part.
+
+        Raises:
+            CheckpointError: it is of another model, or some of it is missing.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write this rank's part of the state into `folder`. All ranks take part."""
         ...
@@ -85,6 +108,7 @@ class TwinEngine:
 
     model: PretrainModel
 
+    _spans: Sequence[Span]  # where the fp32 masters lie
     _averages: Averages
 
     def _followed(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -96,8 +120,8 @@ class TwinEngine:
         return parameter.data
 
     def _masters(self, parameter: nn.Parameter) -> list[Tensor]:
-        """fp32 masters of (parts of) the parameter on this rank, other than its own storage."""
-        return []
+        """[n] each: the fp32 masters of what this rank has of the parameter."""
+        return [span.of(span.flat) for span in self._spans if span.parameter is parameter]
 
     @torch.no_grad()
     def after_step(self, coefficient: float) -> None:
@@ -157,10 +181,12 @@ class DeepSpeedEngine(TwinEngine):
         for name, buffer in model.named_buffers():  # DeepSpeed broadcasts parameters, not buffers
             if name not in own:
                 distributed.broadcast_(buffer)
+        self._spans = self._where_masters_lie()
         self._clear_padding()
         if isinstance(optimizer, optimizers.ByGroup) and self.stage > 0:
-            optimizer.pieces = self._pieces()
+            optimizer.pieces = optimizers.Pieces(self._flat_masters(), self._spans, self._trainable(), self.device)
         self._averages = self._prepare_averages()
+        self._state = State(model, self._spans, self._averages, self._mover)
 
     @property
     def deepspeed(self) -> Any:
@@ -205,8 +231,8 @@ class DeepSpeedEngine(TwinEngine):
             if "loss scale already at minimum" not in str(error):
                 raise
             raise TrainingError(
-                f"the gradients overflow fp16 even at the smallest loss scale ({self._ds.optimizer.cur_scale:g}); go on "
-                "from the last checkpoint in bf16 or fp32 (another --ds_config), or with a smaller optim.lr"
+                f"the gradients overflow fp16 even at the smallest loss scale ({self._ds.optimizer.cur_scale:g}); go "
+                "on from the last checkpoint in bf16 or fp32 (another --ds_config), or with a smaller optim.lr"
             ) from None
 
     def _scale_can_fall(self) -> bool:
@@ -228,6 +254,37 @@ class DeepSpeedEngine(TwinEngine):
                 yield name, parameter.detach().cpu().clone()
         for name, buffer in self.model.whole_buffers():
             yield name, buffer.detach().cpu().clone()
+
+    def pieces(self) -> list[Piece]:
+        """See `Engine.pieces`."""
+        return self._state.pieces(alike=self.stage == 0)
+
+    def scalars(self) -> dict[str, Any]:
+        """See `Engine.scalars`."""
+        counted = {name: getattr(self._ds, name) for name in COUNTERS}
+        scaler = self._scaler() if self._fp16 else {}
+        return {"deepspeed": counted, "loss_scale": {name: scaler[name] for name in LOSS_SCALE if name in scaler}}
+
+    @torch.no_grad()
+    def restore(self, reader: Reader, scalars: Mapping[str, Any]) -> None:
+        """See `Engine.restore`."""
+        if self.stage == 3:
+            self._optimizer.checkpoint_event_prologue()  # nothing is whole
+        self._state.restore(reader)
+        if self.stage == 3:
+            for number in range(len(self._flat_masters())):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(number)
+            self._optimizer.checkpoint_event_epilogue()  # what it keeps whole is so again
+        elif self.stage > 0:
+            self._optimizer.update_lp_params()
+        else:
+            for span in self._spans:
+                span.parameter.copy_(span.flat)
+        self._averages.show()
+        for name, number in scalars.get("deepspeed", {}).items():
+            setattr(self._ds, name, number)
+        if self._fp16:
+            self._scaler().update(scalars.get("loss_scale", {}))
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -253,13 +310,36 @@ class DeepSpeedEngine(TwinEngine):
 
     def _prepare_averages(self) -> Averages:
         pairs = self._followed()
+        if self.stage == 0:
+            return averages.whole(pairs, self._spans)
         if self.stage == 3:
-            return averages.sharded(pairs, self._optimizer)
+            return averages.sharded(pairs, self._spans)
+        return averages.partitioned(pairs, self._flat_weights(), self._flat_masters())
+
+    def _where_masters_lie(self) -> list[Span]:
+        trainable = self._trainable()
+        if self.stage == 3:
+            return state.sharded(trainable, self._optimizer)
         if self.stage > 0:
-            own = vars(self._optimizer)  # stage 1 in bf16 without offload has a class and names of its own
-            weights = own.get("bit16_groups_flat") or own["bf16_groups_flat"]
-            return averages.partitioned(pairs, weights, self._flat_masters())
-        return averages.whole(pairs, [(self._masters(online) or [online.data])[0] for online, _ in pairs])
+            return state.partitioned(trainable, self._flat_weights(), self._flat_masters())
+        if self.dtype == torch.float32:
+            return state.whole((parameter, parameter) for parameter in trainable)
+        pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+        return state.whole(pair for lps, hps in pairs for pair in zip(lps, hps, strict=True))
+
+    def _scaler(self) -> dict[str, Any]:
+        """What DeepSpeed scales an fp16 loss by, live."""
+        own = self._optimizer
+        return vars(own.loss_scaler if hasattr(own, "loss_scaler") else own.loss_scale_config)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _flat_weights(self) -> list[Tensor]:
+        """The weights in training precision, flat, one for each group; stages 1 and 2."""
+        own = vars(self._optimizer)  # stage 1 in bf16 without offload has a class and names of its own
+        weights: list[Tensor] = own.get("bit16_groups_flat") or own["bf16_groups_flat"]
+        return weights
 
     def _flat_masters(self) -> list[Tensor]:
         """This rank's part of the fp32 masters, flat, as the optimizer is handed them; stages 1 to 3."""
@@ -267,23 +347,15 @@ class DeepSpeedEngine(TwinEngine):
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         return next(own[name] for name in names if own.get(name))
 
-    def _pieces(self) -> optimizers.Pieces:
-        """Where this rank's parts of the parameters lie in the flat masters; stages 1 to 3."""
-        flats = self._flat_masters()
-        spans: dict[Tensor, list[optimizers.Span]] = {flat: [] for flat in flats}
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for number, parameter in enumerate(trainable):
-            if self.stage == 3:
-                group, start, count = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-                whole: int = parameter.ds_numel  # type: ignore[attr-defined]
-                count = min(count, max(0, whole - distributed.rank() * count))  # the rest is padding
-            else:
-                masters = self._masters(parameter)
-                group, start = averages.place(masters[0], flats) if masters else (0, 0)
-                count = sum(master.numel() for master in masters)
-            if count:
-                spans[flats[group]].append((number, start, count))
-        return optimizers.Pieces(spans, len(trainable), self.device)
+    def _mover(self, flat: Tensor) -> torch.optim.Optimizer:
+        """The optimizer that moves one of the flat masters; at stage 3 an offload `ratio` leaves some to another."""
+        own = vars(self._optimizer)
+        for number, device in own.get("subgroup_to_device", {}).items():
+            if device != "cpu" and own["fp32_partitioned_groups_flat"][number] is flat:
+                other: torch.optim.Optimizer = own["backup_optimizer"]
+                return other
+        mover: torch.optim.Optimizer = own.get("optimizer", self._optimizer)
+        return mover
 
     def _plain_gradients(self) -> float | None:
         """At stage 0 gradients are plain: zero where there is none; the norm, where DeepSpeed keeps none."""
@@ -304,6 +376,8 @@ class DeepSpeedEngine(TwinEngine):
                     flat.grad.zero_()
         if self._offload:
             self._optimizer.norm_for_param_grads.clear()
+            if self.stage < 3:  # a skipped step keeps its sums, and would make the next ones skip too
+                self._optimizer.averaged_gradients.update(dict.fromkeys(self._optimizer.averaged_gradients))
             for flat in getattr(self._optimizer, "single_partition_of_fp32_groups", ()):
                 if flat.grad is not None:
                     flat.grad.zero_()
@@ -314,27 +388,17 @@ class DeepSpeedEngine(TwinEngine):
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
-        """At stage 3 the last part may reach beyond its parameter; what DeepSpeed leaves there is chance, yet saved."""
+        """At stage 3 the last part may reach beyond its parameter, and what DeepSpeed leaves there is chance."""
         if self.stage < 3:
             return
         for parameter in self.model.parameters():
             part = self._part(parameter)
-            own = max(0, parameter.ds_numel - distributed.rank() * part.numel())  # type: ignore[attr-defined]
-            for tensor in (part, *self._masters(parameter)):
-                tensor.view(-1)[own:].zero_()
-
-    def _masters(self, parameter: nn.Parameter) -> list[Tensor]:
-        if not parameter.requires_grad or (self.dtype == torch.float32 and self.stage == 0):
-            return []
-        if self.stage == 3:
-            group, start, count = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            master = self._optimizer.fp32_partitioned_groups_flat[group].detach()
-            return [master[start : start + count]] if len(master) else []  # on NVMe it is out of reach
-        if self.stage == 0:
-            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
-            return [hp for lps, hps in pairs for lp, hp in zip(lps, hps, strict=True) if lp is parameter]
-        mapping = getattr(parameter, "_hp_mapping", None)  # this rank's fragment of the fp32 master, if any
-        return [] if mapping is None else [mapping.get_hp_fragment()]
+            part[max(0, parameter.ds_numel - distributed.rank() * part.numel()) :].zero_()  # type: ignore[attr-defined]
+        for flat in self._flat_masters():
+            kept = [(span, span.of(flat).clone()) for span in self._spans if span.flat is flat]
+            flat.zero_()
+            for span, values in kept:
+                span.of(flat).copy_(values)
 
 
 def saved(folder: Path, kind: str) -> list[Any]:
