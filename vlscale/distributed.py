@@ -309,26 +309,27 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class StopVote:
-    """Whether some rank wants to stop, agreed without making a GPU wait: the answer is one step old.
+    """Who wants to stop, and what else ranks tell one another at each step, agreed without making a GPU wait.
 
-    Every rank calls `agreed` once per step and gets the same answer. On a CPU the answer is of this step.
+    Every rank calls `agreed` once per step, with as many numbers as all others, and gets the same answer. On a GPU
+    it is one step old.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pending: Tensor | None = None
 
-    def agreed(self, wish: bool) -> bool:
-        """Cast this rank's wish; True once any rank has wished to stop."""
+    def agreed(self, *numbers: int) -> tuple[int, ...]:
+        """The greatest of all ranks' numbers, each for itself; on a GPU zeros at first."""
         if world_size() == 1:
-            return wish
-        message = torch.tensor([float(wish)], device=self._device)
+            return numbers
+        message = torch.tensor(numbers, device=self._device)
         dist.all_reduce(message, op=dist.ReduceOp.MAX)
-        if self._device.type == "cpu":
-            return bool(message.item() > 0)
-        answer = self._pending is not None and bool(self._pending.item() > 0)
-        self._pending = message
-        return answer
+        answer = message
+        if self._device.type != "cpu":
+            answer = torch.zeros_like(message) if self._pending is None else self._pending
+            self._pending = message
+        return tuple(int(number) for number in answer.tolist())
 
 
 def gather_parts_(whole: Tensor, part: Tensor) -> None:

@@ -51,10 +51,14 @@ class MomentumConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved; `every` counts optimizer steps, and the last step is always saved."""
+    """When the run is saved and where; `every` counts optimizer steps, and the last step is always saved."""
 
     every: int = 1000
-    keep: int = 2
+    keep: int = 2  # the newest so many
+    keep_every: int = 0  # and for ever those of steps that it divides; 0 = none
+    failures: int = 3  # saves in a row that may fail (a full disk, ...) until the run ends
+    background: bool = True  # the run waits for a copy in host memory only; False = until all is written
+    to: str | None = None  # a store's URL, such as s3://bucket/run; None = `checkpoints` in the run folder
 
 
 @dataclass(frozen=True)

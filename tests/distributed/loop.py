@@ -44,7 +44,7 @@ def run(guard: StopGuard, folder: Path, mode: str) -> int:
         time.sleep(0.05)
         if mode == "hang" and rank == 1 and step == 10:
             time.sleep(600)
-        if vote.agreed(guard.requested):
+        if any(vote.agreed(guard.requested)):
             (folder / f"rank_{rank}.saved").write_text(f"step {step}: {guard.reason}")
             return STOPPED
         if step == 3:
