@@ -29,9 +29,11 @@ from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor
 from vlscale.nn import momentum
+from vlscale.options import WatchdogConfig
 from vlscale.record import Record
 from vlscale.stop import StopGuard
 from vlscale.types import Batch, Moment
+from vlscale.watchdog import Watchdog
 
 AGAINST = ("bare",)
 Steps = Iterator[tuple[int, list[Batch]]]
@@ -81,7 +83,7 @@ class OurLoop:
         """See `Loop.step`."""
         request, _, model, machine, guard = self._parts
         self._record.step(step, *train.one_step(request.run, model, machine, self._plans, step, micro_batches))
-        return self._vote.agreed(guard.requested)
+        return any(self._vote.agreed(guard.requested))
 
 
 class BareLoop:
@@ -181,7 +183,8 @@ def _loops(parts: _Parts, total: int, scratch: Path, open_things: ExitStack, aga
     )
     open_things.callback(monitor.close)
     steps = open_things.enter_context(closing(loader.steps(0, total)))
-    loops: list[Loop] = [OurLoop(parts, steps, Record(request.run, setting, model, loader, monitor))]
+    watchdog = open_things.enter_context(Watchdog(WatchdogConfig(start=0, step=0), None))
+    loops: list[Loop] = [OurLoop(parts, steps, Record(request.run, setting, model, loader, monitor, watchdog))]
     if against:
         same = build.build_loader(request.run, setting, model).steps(0, total)
         loops.append(BareLoop(parts, open_things.enter_context(closing(same))))

@@ -24,6 +24,7 @@ from vlscale.monitor import Monitor
 from vlscale.non_finite import Window
 from vlscale.throughput import StepClock
 from vlscale.types import Batch, Loss, Moment
+from vlscale.watchdog import Watchdog
 
 Served = tuple[int, list[Batch]]  # a step and this rank's micro-batches
 
@@ -32,8 +33,16 @@ class Record:
     """What is measured, said and saved along the way."""
 
     def __init__(
-        self, run: RunConfig, setting: Setting, model: PretrainModel, loader: Loader, monitor: Monitor
+        self,
+        run: RunConfig,
+        setting: Setting,
+        model: PretrainModel,
+        loader: Loader,
+        monitor: Monitor,
+        watchdog: Watchdog,
     ) -> None:
+        self._watchdog = watchdog
+        watchdog.workers = loader.working
         self._run, self._setting, self._model, self._loader, self._monitor = (
             run,
             setting,
@@ -174,6 +183,7 @@ class Record:
     def evaluate(self, step: int) -> None:
         """Measure the model on the validation shards by its family's usual task."""
         self._evaluated = step
+        self._watchdog.at("evaluation", step)
         setting = self._setting
         held = HeldOut(
             self._model,
@@ -183,6 +193,7 @@ class Record:
             build.preprocessing(self._run, setting.answers, self._model),
             batch=setting.ds["train_micro_batch_size_per_gpu"],
             limit=self._run.evaluation.limit,
+            beat=self._watchdog.beat,
         )
         found: Found = config.pick("evaluation", usual_task(self._model.family)).measure(held)
         self._monitor.scalars(step, found.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from vlscale.checkpoint import write_atomically
 from vlscale.errors import ConfigError
 
 CONFIG = "config.yaml"
+HANGS = "hangs"  # what a hang left behind: `watchdog`
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
 MAY_CHANGE = ("steps", "logging", "evaluation", "watchdog", "non_finite", "spikes", *LOADING)  # leave a run the same
@@ -39,7 +41,7 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         ConfigError: it holds another run (names the keys that differ), or any run with `--resume never`.
     """
     if not (out / CONFIG).is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not each.name.startswith(HANGS) for each in out.iterdir())):
             raise ConfigError(f"--out {out} exists and is not a run folder; give another one")
         return
     if resume == "never":
@@ -68,9 +70,17 @@ def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...
 def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], hosts: Sequence[str]) -> None:
     """config.yaml, ds_config.json and environment.json; `hosts` names the machine of each rank."""
     out.mkdir(parents=True, exist_ok=True)
+    _put_aside(out / HANGS)
     write_atomically(out / CONFIG, yaml.safe_dump(dict(configuration), sort_keys=False))
     write_atomically(out / "ds_config.json", json.dumps(dict(ds), indent=2) + "\n")
     write_atomically(out / "environment.json", json.dumps(_environment(hosts), indent=2) + "\n")
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename what an earlier start left: `hangs_1`, `hangs_2`, ..."""
+    if folder.exists():
+        number = next(each for each in itertools.count(1) if not folder.with_name(f"{folder.name}_{each}").exists())
+        folder.rename(folder.with_name(f"{folder.name}_{number}"))
 
 
 def _environment(hosts: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -32,6 +32,7 @@ POLL = 0.5  # seconds between two looks at the launcher
 DEEPSPEED_RUNNER = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 DEEPSPEED_LAUNCH = ("deepspeed.launcher.launch",)
 OTHER_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+TRACKER = "multiprocessing.resource_tracker"  # ends by itself, after it has taken away what others leave in /dev/shm
 SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # environment of a rank: deepspeed, torchrun
 
 
@@ -215,10 +216,16 @@ def _end_hard(message: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, RuntimeError, AttributeError):
         pass  # a closed or replaced stderr keeps nobody alive
+    end(STOPPED)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once, and what it started."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            process.kill()
-    os._exit(STOPPED)
+            if not any(TRACKER in word for word in process.cmdline()):
+                process.kill()
+    os._exit(code)
 
 
 def _started_by_launcher() -> bool:

@@ -20,15 +20,20 @@ from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
 from vlscale.types import Batch, Loss, Moment, Visual
+from vlscale.watchdog import Watchdog, patience
 
 
 def train(request: Request) -> int:
     """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
-    run = request.run
     guard = StopGuard()  # stays open until the process ends
-    if build.finished(request):
-        return DONE
+    with Watchdog(request.run.watchdog, request.out) as watchdog:
+        return DONE if build.finished(request) else _train(request, guard, watchdog)
+
+
+def _train(request: Request, guard: StopGuard, watchdog: Watchdog) -> int:
+    run = request.run
     setting = build.setup(request)
+    watchdog.at("building")
     notes: list[str] = []
     model = build.build_model(run, notes.append)
     setting = build.within_budget(run, setting, model)
@@ -38,6 +43,7 @@ def train(request: Request) -> int:
     if setting.begin:
         machine.load(setting.begin.folder)
     build.write_folder(run, setting)
+    watchdog.listen(setting.out)
     monitor = Monitor(
         setting.out,
         steps=run.steps,
@@ -51,15 +57,16 @@ def train(request: Request) -> int:
     for note in notes if not start else ():
         monitor.say(note)
     vote = distributed.StopVote(setting.device)
-    plans = distributed.StepPlans()
-    record = Record(run, setting, model, loader, monitor)
+    plans = distributed.StepPlans(patience(run.watchdog))
+    record = Record(run, setting, model, loader, monitor, watchdog)
     if start and evaluation_due(run, start) and not record.evaluated(start):
         record.evaluate(start)  # the stop had no time for it
 
     for step, micro_batches in record.timed(loader.steps(start, run.steps)):
+        watchdog.at("step", step)
         record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
 
-        stopping = vote.agreed(guard.requested)
+        stopping = any(vote.agreed(guard.requested))
         last = step == run.steps
         if evaluation_due(run, step) and (last or not stopping):
             record.evaluate(step)
@@ -72,6 +79,7 @@ def train(request: Request) -> int:
             monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")
             monitor.close()
             return STOPPED
+        watchdog.at("data", step + 1)
     record.close()
     monitor.say(f"done: {run.steps} steps, in {setting.out}")
     monitor.close()

@@ -7,16 +7,17 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.sharedctypes import RawArray
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vlscale.data.assemble import Assembler
 from vlscale.data.batches import Batching
@@ -34,6 +35,7 @@ from vlscale.types import Batch, Inputs
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
 ORDER = 2  # rises when the same options give another order of samples, with which no run may go on
+IDLE = -1  # a worker that is at no sample
 PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
 
@@ -85,6 +87,7 @@ class MicroBatches:
         self._shards, self._ahead = shards, ahead
         self._num_samples = len(shards)
         self._pad = tokenizer.pad
+        self.working: MutableSequence[int] = [IDLE]  # of each worker, the sample that it is at
 
     def __call__(self, positions: Numbers, task: str) -> Loaded:
         """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
@@ -93,6 +96,8 @@ class MicroBatches:
         bad: list[Bad] = []
         draws = Draws(self._preprocessing.seed)
         views = self._preprocessing.views[task]
+        worker = get_worker_info()
+        self._worker = worker.id if worker is not None else 0
         try:
             places = zip(positions.tolist(), self._order(positions).tolist(), strict=True)
             samples = [self._sample(position, index, views, draws, bad) for position, index in places]
@@ -100,11 +105,14 @@ class MicroBatches:
             return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
         except DataError as error:
             return Loaded(None, tuple(bad), str(error))
+        finally:
+            self.working[self._worker] = IDLE
 
     def _sample(self, position: int, index: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
         """The sample `index` at `position`, or the next one that can be used; every try draws its partner anew."""
         for attempt in range(MAX_BROKEN_IN_A_ROW):
             again = f"/{attempt}" if attempt else ""
+            self.working[self._worker] = (index + attempt) % self._num_samples
             try:
                 return self._assembler(
                     (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again)
@@ -154,6 +162,8 @@ class Loader:
         family that reads squares.
         """
         make = MicroBatches(shards, tokenizer, inputs, preprocessing, order, ahead=order.window)
+        make.working = RawArray("q", [IDLE] * max(1, workers))  # in memory that worker processes share
+        self._shards, self._working = shards, make.working
         self.order = copy.deepcopy(order)  # of its own, as the next: the loader's thread uses the other
         self._shards = shards
         self._batches = _Numbered(make, preprocessing.tasks, batching)
@@ -206,6 +216,15 @@ class Loader:
         if loaded.batch is None:
             raise DataError(loaded.error)
         return loaded.batch
+
+    def working(self) -> list[str]:
+        """What each worker is at, in words; it may have to look into a shard's index."""
+        kind = "loader worker {}" if self._workers else "the loader's thread"
+        said = []
+        for worker, sample in enumerate(self._working):
+            at = f"at sample {self._shards.key(sample)} of {self._shards.shard(sample)}" if sample != IDLE else "idle"
+            said.append(f"{kind.format(worker)} {at}")
+        return said
 
     def served(self, step: int) -> int:
         """How many positions of the order are used up after `step`."""

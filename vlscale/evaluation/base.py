@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vlscale.families.base import Family
     from vlscale.model import PretrainModel
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -31,6 +33,13 @@ class HeldOut:
     preprocessing: Preprocessing  # what training makes of samples
     batch: int  # samples of a rank at a time
     limit: int  # samples at most; 0 = all
+    beat: Callable[[], object] = bool  # called for every batch: a sign of life
+
+    def watched(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, with a sign of life before each."""
+        for batch in batches:
+            self.beat()
+            yield batch
 
 
 class Example(NamedTuple):

@@ -41,7 +41,7 @@ def measure(held: HeldOut) -> Found:
     tally = Tally()
     with evaluating(model, held.device):
         for task in model.tasks:
-            for number, host_batch in enumerate(batches(task, rank, world)):
+            for number, host_batch in enumerate(held.watched(batches(task, rank, world))):
                 torch.manual_seed(number * world + rank)
                 batch = host_batch.to(held.device)
                 made = model(batch, Moment(STEP, seed=number))

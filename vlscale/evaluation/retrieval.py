@@ -50,7 +50,7 @@ def measure(held: HeldOut) -> Found:
         max_words=held.preprocessing.max_words,
         limit=held.limit,
     )
-    found = evaluate(held.model.family, batches, held.device, held.tokenizer.decode)
+    found = evaluate(held.model.family, held.watched(batches), held.device, held.tokenizer.decode)
     skipped = asked - found.metrics[PREFIX + "candidates"]
     return found._replace(metrics={**found.metrics, PREFIX + "skipped": skipped})
 
