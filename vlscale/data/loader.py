@@ -143,7 +143,8 @@ class _Numbered(Dataset[Loaded]):
 class Loader:
     """The training samples of one rank, step by step.
 
-    `bad_samples` counts how often a sample was skipped on this rank.
+    `bad_samples` counts how often a sample was skipped on this rank. `left_out` lists, as (after which step, steps'
+    worth of data), what was never trained on or taken back: a run is its seed, batch, steps and that.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Loader:
         self._workers = workers
         self._fingerprint = shards.fingerprint()
         self.bad_samples = 0
+        self.left_out: list[tuple[int, int]] = []
         self._bad: list[Bad] = []
 
     def steps(self, start: int, stop: int) -> Generator[tuple[int, list[Batch]], None, None]:
@@ -179,20 +181,20 @@ class Loader:
 
         Closing the iterator ends its thread and processes. DataError if the data cannot be read.
         """
-        per_step = self._per_step
-        numbers = range(start * per_step, stop * per_step)
-        micro_batches: list[Batch] = []
-        ahead = _Ahead(iter(self._load(numbers)), per_step, pin=torch.cuda.is_available())
+        ahead = _Ahead(iter(self._load(self._numbers(start, stop))), self._per_step, pin=torch.cuda.is_available())
         try:
-            for number, loaded in zip(numbers, ahead, strict=True):
-                micro_batches.append(self._account(loaded))
-                if len(micro_batches) == per_step:
-                    yield number // per_step + 1, micro_batches
-                    micro_batches = []
+            for step in range(start + 1, stop + 1):
+                yield step, [self._account(next(ahead)) for _ in range(self._per_step)]
         finally:
             ahead.close()
 
-    def _load(self, numbers: range) -> Iterable[Loaded]:
+    def _numbers(self, start: int, stop: int) -> Iterator[int]:
+        """Of the micro-batches of steps start + 1 .. stop, counted from the first step's."""
+        for step in range(start + 1, stop + 1):
+            first = (self.data_step(step) - 1) * self._per_step
+            yield from range(first, first + self._per_step)
+
+    def _load(self, numbers: Iterator[int]) -> Iterable[Loaded]:
         if not self._workers:
             _one_thread()
             return map(self._batches.__getitem__, numbers)
@@ -227,8 +229,24 @@ class Loader:
         return said
 
     def served(self, step: int) -> int:
-        """How many positions of the order are used up after `step`."""
-        return self._served(step)
+        """How many positions of the order are used up after `step`, those that were left out among them."""
+        return self._served(self.data_step(step))
+
+    def data_step(self, step: int) -> int:
+        """Which step's data, of a run that leaves nothing out, optimizer step `step` trains on."""
+        return step + sum(steps for after, steps in self.left_out if after < step)
+
+    def leave_out(self, after: int, until: int) -> tuple[int, int]:
+        """Let step after + 1 train on the data that follow those of step `until`, when the run is back at `after`.
+
+        Returns:
+            The positions [first, end) that are left out by that, some of which were trained on.
+        """
+        last = self.data_step(until)
+        self.left_out = [each for each in self.left_out if each[0] <= after]  # later ones were of the way given up
+        first = self.data_step(after + 1) - 1
+        self.left_out.append((after, last - first))
+        return self._served(first), self._served(last)
 
     def shards_of(self, batch: Batch) -> list[str]:
         """The shard of each sample of a micro-batch that `steps` gave."""
@@ -253,6 +271,7 @@ class Loader:
             "num_samples": self.order.num_samples,
             "seed": self.order.seed,
             "bad_samples": self.bad_samples,
+            "left_out": list(self.left_out),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -270,6 +289,7 @@ class Loader:
                 f"({state['num_samples']} samples); name the same shards in the same order, or start anew"
             )
         self.bad_samples = state["bad_samples"]
+        self.left_out = [(after, steps) for after, steps in state.get("left_out", ())]
 
 
 def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:
