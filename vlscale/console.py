@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError, did_you_mean
+
+CONSEQUENCE = 10.0  # seconds for the launcher to learn which rank ended first
+LOST = re.compile("[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|communicator was aborted")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,25 +64,56 @@ def no_overrides(arguments: argparse.Namespace) -> None:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
-    """Call `main`; a `VlscaleError` becomes one sentence on stderr and its exit code."""
+    """Call `main` and end the process with what it returns.
+
+    A `VlscaleError` becomes one sentence on stderr and its exit code; any other exception is a mistake of ours, with
+    its traceback and exit code 1. A rank that fails because another one has ended lets that one speak first.
+    """
+    os.umask(os.umask(0o077) | 0o002)  # nothing that we write is writable by everybody
     try:
         code = main(argv)
     except VlscaleError as error:
         _say_once(error)
         code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130  # as a shell shows it
+    except Exception as error:
+        if _is_consequence(error):
+            _let_others_speak(error)
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     _leave(code)
 
 
 def _say_once(error: VlscaleError) -> None:
-    """Every rank finds a wrong command line, so rank 0 alone says it, before another rank's end ends the job."""
+    """All ranks find the same mistake, so one alone says it, before another rank's end ends the job."""
     rank = int(os.environ.get("RANK", "0"))
-    found_by_all = isinstance(error, (ConfigError, DataError, CheckpointError))
-    if rank and found_by_all:
+    first = rank == 0 or not isinstance(error, (ConfigError, DataError, CheckpointError))
+    if "torch" in sys.modules:
+        from vlscale import distributed
+
+        if distributed.world_size() > 1:
+            first = distributed.first_to_say(str(error))
+    if first:
+        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+    else:
         time.sleep(3)
-        return
-    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether another rank has ended, seen by its closed connection."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def _let_others_speak(error: Exception) -> None:
+    """The launcher takes the first rank's end for the reason; it ends us too, or nobody else failed."""
+    rank, said = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+    print(f"rank {rank} ends too, for it lost the connection to another rank ({said})", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(CONSEQUENCE)
 
 
 def _leave(code: int) -> NoReturn:
