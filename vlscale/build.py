@@ -12,7 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import agreement, checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
+from vlscale import (
+    agreement,
+    checkpoint,
+    config,
+    distributed,
+    ds_config,
+    engine,
+    optim,
+    optimizers,
+    preflight,
+    run_folder,
+    vocabulary,
+)
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out
@@ -34,9 +46,14 @@ from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
 from vlscale.optim import KEPT
+from vlscale.options import InitConfig
 from vlscale.recompute import set_activation_checkpointing
+from vlscale.targets import write_atomically
 from vlscale.types import Batch
+from vlscale.watchdog import patience
 from vlscale.weights import init_towers, init_whole, owners
+
+KEPT_BESIDE = (run_folder.CONFIG, vocabulary.TOKENIZER, vocabulary.ANSWERS)  # checkpoints in a store: to go on there
 
 
 @dataclass(frozen=True)
@@ -71,13 +88,11 @@ def finished(request: Request) -> bool:
     if request.out is None or request.resume != "auto":
         return False
     run_folder.check(request.out, config.dump(request.run), request.resume)
-    if checkpoint.latest_step(request.out) < request.run.steps:
-        return False
-    found = checkpoint.newest(request.out)
-    if found is None or found.step < request.run.steps:
+    step = checkpoint.last_step(checkpoint.target(request.out, request.run.checkpoint.to))
+    if step < request.run.steps:
         return False
     if os.environ.get("RANK", "0") == "0":
-        print(f"{request.out} holds this run, finished at step {found.step}; there is nothing left to do")
+        print(f"{request.out} holds this run, finished at step {step}; there is nothing left to do")
     return True
 
 
@@ -94,23 +109,21 @@ def setup(request: Request) -> Setting:
     if request.out is not None:
         run_folder.check(request.out, config.dump(run), request.resume)
     warnings: list[str] = []
-    begin = _find_begin(request, warnings)
-    if begin is not None:
-        checkpoint.check_fits(begin, world, ds_config.stage(ds), ds_config.precision(ds))
     _threads()
     train, sources, val = open_shards(run)
     if unused := unused_weights(run.data):
         warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
-    device = distributed.init()
+    device = distributed.init(patience(run.watchdog))
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     told = {
-        "checkpoint to go on from": str(begin and begin.folder),
+        "--resume": request.resume,
         "ds_config": json.dumps(ds, sort_keys=True),
         "shards of data.train": f"{train.fingerprint()} ({len(train)} samples)",
         "shards of data.val": f"{val.fingerprint()} ({len(val)} samples)",
     }
     agreement.same_settings("what the ranks were told", {**config.flat(run), **told})
+    begin = _find_begin(request, warnings)
     asks, inputs = _asks(run), run.family.inputs
     began = out if begin is None else checkpoint.run_folder(begin)
     read = {"questions": asks, "tags": inputs.tags}
@@ -128,8 +141,7 @@ def setup(request: Request) -> Setting:
         batch=run.data.batch,
         max_words=run.text.kept_words,
         out=out,
-        checkpoint_bytes=_checkpoint_bytes(run),
-        keep=run.checkpoint.keep,
+        disk=_disk(run, out),
         questions=asks,
         budget=budget,
     )
@@ -145,11 +157,11 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
     hosts = distributed.gather_objects(socket.gethostname())
     if distributed.rank() == 0:
         run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
-        checkpoint.write_atomically(setting.out / vocabulary.TOKENIZER, setting.vocabulary)
+        write_atomically(setting.out / vocabulary.TOKENIZER, setting.vocabulary)
         if setting.answers:
             listed = "".join(f"{answer}\n" for answer in setting.answers)
-            checkpoint.write_atomically(setting.out / vocabulary.ANSWERS, listed)
-    distributed.barrier()
+            write_atomically(setting.out / vocabulary.ANSWERS, listed)
+    agreement.by_rank_0(lambda: checkpoint.keep_beside(setting.out, run.checkpoint.to, KEPT_BESIDE))
 
 
 class Opened(NamedTuple):
@@ -334,12 +346,13 @@ def _objective(name: str, options: Any, family: Family) -> Objective:
 
 
 def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
-    """The checkpoint that the run goes on from; every rank looks for itself."""
+    """The checkpoint that the run goes on from; the ranks look for it together."""
     if request.resume == "never" or (request.resume == "auto" and request.out is None):
         return None
     if request.resume == "auto":
         assert request.out is not None
-        return checkpoint.newest(request.out, warnings.append)
+        place = checkpoint.target(request.out, request.run.checkpoint.to)
+        return checkpoint.newest(place, warnings.append)
     found = checkpoint.find(request.resume, warnings.append)
     for what, keys in (("model", ("family", "objectives")), ("optimizer", tuple(f"optim.{key}" for key in KEPT))):
         odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), keys)
@@ -358,12 +371,31 @@ def _most_answers(run: RunConfig) -> int:
     return max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
 
 
-def _checkpoint_bytes(run: RunConfig) -> int:
-    """About what a checkpoint takes on disk: AdamW's fp32 master and moments, the weights twice, and a twin."""
+def checkpoint_bytes(run: RunConfig, model: PretrainModel) -> int:
+    """What a checkpoint takes: fp32 weights and averages, the optimizer's moments, queues and other buffers."""
+    moments = sum(
+        optimizers.MOMENTS[group["rule"]] * 4 * each.numel()
+        for group in optim.groups(model.named_parameters(), run.optim)
+        for each in group["params"]
+    )
+    sharded = model.sharded_buffers()
+    ranks = distributed.world_size()
+    buffers = sum(
+        each.numel() * each.element_size() * (ranks if name in sharded else 1) for name, each in model.named_buffers()
+    )
+    return 4 * sum(each.numel() for each in model.parameters()) + moments + buffers
+
+
+def _disk(run: RunConfig, out: Path) -> int:
+    """Bytes that the run's checkpoints will take beyond those that are there, one being written included."""
+    if run.checkpoint.to:
+        return 0
     with torch.device("meta"):
-        family = config.pick("families", run.family_name).build(run.family)
-    parameters: int = sum(parameter.numel() for parameter in family.parameters())
-    return 26 * parameters
+        size = checkpoint_bytes(run, build_model(replace(run, init=InitConfig())))
+    for_ever = run.steps // run.checkpoint.keep_every if run.checkpoint.keep_every else 0
+    number = min(run.checkpoint.keep + for_ever, -(-run.steps // run.checkpoint.every)) + 1
+    there = sum(path.stat().st_size for path in (out / checkpoint.FOLDER).glob("step_*/*"))
+    return max(0, number * size - there)
 
 
 def _workers(given: int | None) -> int:
