@@ -20,8 +20,7 @@ def run(folder: Path, shards: Shards, tokenizer: Tokenizer | None = None, **othe
         "batch": 4,
         "max_words": 30,
         "out": folder / "runs",
-        "checkpoint_bytes": 100,
-        "keep": 2,
+        "disk": 300,
     }
     return preflight.check(shards, tokenizer or make_tokenizer(folder), INPUTS, **{**options, **other})
 
@@ -108,7 +107,7 @@ def test_a_foreign_vocabulary(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"runs has [\d.]+ GiB free but the checkpoints need 3072.0 GiB"):
-        run(tmp_path, make_shards(tmp_path, {}), checkpoint_bytes=2**40)
+        run(tmp_path, make_shards(tmp_path, {}), disk=2**40)
 
 
 def test_of_a_large_data_set_some_texts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import (
-    agreement,
-    checkpoint,
-    config,
-    distributed,
-    ds_config,
-    engine,
-    optim,
-    optimizers,
-    preflight,
-    run_folder,
-    vocabulary,
-)
+from vlscale import agreement, checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out
@@ -39,6 +27,7 @@ from vlscale.data.shards import Shards
 from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unused_weights
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
+from vlscale.disk import checkpoint_bytes, still_needed
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import usual_task
@@ -371,31 +360,13 @@ def _most_answers(run: RunConfig) -> int:
     return max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
 
 
-def checkpoint_bytes(run: RunConfig, model: PretrainModel) -> int:
-    """What a checkpoint takes: fp32 weights and averages, the optimizer's moments, queues and other buffers."""
-    moments = sum(
-        optimizers.MOMENTS[group["rule"]] * 4 * each.numel()
-        for group in optim.groups(model.named_parameters(), run.optim)
-        for each in group["params"]
-    )
-    sharded = model.sharded_buffers()
-    ranks = distributed.world_size()
-    buffers = sum(
-        each.numel() * each.element_size() * (ranks if name in sharded else 1) for name, each in model.named_buffers()
-    )
-    return 4 * sum(each.numel() for each in model.parameters()) + moments + buffers
-
-
 def _disk(run: RunConfig, out: Path) -> int:
-    """Bytes that the run's checkpoints will take beyond those that are there, one being written included."""
+    """Bytes that the run's checkpoints will still take in its folder."""
     if run.checkpoint.to:
         return 0
     with torch.device("meta"):
-        size = checkpoint_bytes(run, build_model(replace(run, init=InitConfig())))
-    for_ever = run.steps // run.checkpoint.keep_every if run.checkpoint.keep_every else 0
-    number = min(run.checkpoint.keep + for_ever, -(-run.steps // run.checkpoint.every)) + 1
-    there = sum(path.stat().st_size for path in (out / checkpoint.FOLDER).glob("step_*/*"))
-    return max(0, number * size - there)
+        size = checkpoint_bytes(build_model(replace(run, init=InitConfig())), run.optim)
+    return still_needed(size, run.checkpoint, run.steps, out / checkpoint.FOLDER)
 
 
 def _workers(given: int | None) -> int:

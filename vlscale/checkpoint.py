@@ -1,147 +1,159 @@
-"""Checkpoints that are whole or absent: written aside, listed with their hashes, renamed, then pointed to.
+"""Checkpoints found again: which there are, whether each file is what was written, and the newest good one.
 
-    checkpoints/step_00001000/   deepspeed/ momentum_*.pt weights.safetensors state.json manifest.json
-    checkpoints/latest           name of the newest complete one
-
-`weights.safetensors` holds every parameter and buffer whole, in training precision and by our names, so that
-evaluating needs neither DeepSpeed nor unpickling.
+What a checkpoint consists of stands in `pieces`, where it lies and in which order it is written in `targets`, who
+writes it and when in `background`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+import socket
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from vlscale import distributed
+import torch
+from torch import Tensor
+
+from vlscale import agreement, distributed, pieces
+from vlscale.data.storage.stores import scheme, shown
 from vlscale.errors import CheckpointError, ConfigError
+from vlscale.remote import Remote
+from vlscale.targets import MANIFEST, STATE, Folder, Target, as_json, step_name
 
 if TYPE_CHECKING:
     from vlscale.engine import Engine
 
-WEIGHTS, STATE, MANIFEST, LATEST = "weights.safetensors", "state.json", "manifest.json", "latest"
+FOLDER = "checkpoints"  # of a run
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+THREADS = 4  # files that a rank hashes at a time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on this machine."""
 
     folder: Path
     state: dict[str, Any]
+    fetched: tempfile.TemporaryDirectory[str] | None = None  # what holds it, where it came from a store
 
     @property
     def step(self) -> int:
         """The optimizer step after which it was written."""
         return int(self.state["step"])
 
+    def restore(self, machine: Engine) -> None:
+        """Go on from it; what was fetched is then removed. All ranks take part.
 
-def save(out: Path, engine: Engine, state: Mapping[str, Any], keep: int) -> Path:
-    """Write `state["step"]`'s checkpoint of the run in `out`; keeps the newest `keep`. All ranks take part."""
-    root = out / "checkpoints"
-    final = root / f"step_{state['step']:08d}"
-    partial = root / f".{final.name}.partial"
-    if distributed.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    engine.save(partial)
-    _save_weights(partial / WEIGHTS, engine)
-    distributed.barrier()
-    if distributed.rank() == 0:
-        (partial / STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
-        (partial / MANIFEST).write_text(json.dumps({"files": _digests(partial)}, indent=1) + "\n")
-        _sync(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_atomically(root / LATEST, final.name + "\n")
-        _prune(root, final, keep)
-    distributed.barrier()
-    return final
+        Raises:
+            CheckpointError: it is of another model, or some of it is missing.
+        """
+        machine.restore(pieces.Reader(self.folder), self.state["engine"])
+        distributed.barrier()
+        if self.fetched is not None:
+            self.fetched.cleanup()
 
 
-def newest(out: Path, warn: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest complete and unharmed checkpoint of the run in `out`, or None if it has none at all.
+def target(out: Path, to: str | None) -> Target:
+    """Where the checkpoints of the run in `out` lie; `to` is `checkpoint.to`."""
+    return Remote(to) if to else Folder(out / FOLDER)
+
+
+def keep_beside(out: Path, to: str | None, names: Sequence[str]) -> str:
+    """Files of a run folder to where its checkpoints go, if that is a store: whoever finds those can go on.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    place = target(out, to)
+    try:
+        for path in (out / name for name in names):
+            if isinstance(place, Remote) and path.is_file():
+                place.keep(path.name, path.read_text())
+    except OSError as error:
+        raise ConfigError(f"checkpoint.to={place.place} cannot be written ({error})") from error
+    return ""
+
+
+def newest(
+    place: Target, warn: Callable[[str], None] = lambda message: None, until: int | None = None
+) -> Checkpoint | None:
+    """The newest complete and unharmed checkpoint (of step `until` at most), or None if there is none at all.
+
+    All ranks take part: each checks a part of the files, and all take the same checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is broken.
     """
-    folders = sorted((out / "checkpoints").glob("step_*"), reverse=True)
-    broken = []
-    for folder in folders:
+    steps = [
+        step
+        for step in json.loads(agreement.by_rank_0(lambda: json.dumps(_steps(place))))
+        if until is None or step <= until
+    ]
+    broken: list[str] = []
+    for step in reversed(steps):
         try:
-            found = open_checkpoint(folder)
+            found = _open(place, step)
         except CheckpointError as error:
             broken.append(str(error))
             continue
         for reason in broken:
             warn(f"{reason}; going back to {found.folder.name}")
         return found
-    if folders:
-        known = f"{len(folders)} checkpoint(s), and none is usable"
-        raise CheckpointError(f"{out / 'checkpoints'} holds {known}: {broken[0]}")
+    if steps:
+        raise CheckpointError(f"{place.place} holds {len(steps)} checkpoint(s), and none is usable: {broken[0]}")
     return None
 
 
-def latest_step(out: Path) -> int:
-    """The step of the newest checkpoint by the file `latest`, unchecked; 0 without one."""
-    try:
-        return int((out / "checkpoints" / LATEST).read_text().strip().removeprefix("step_"))
-    except (OSError, ValueError):
+def last_step(place: Target) -> int:
+    """The step of the newest checkpoint, by the names and sizes of its files alone; 0 where they are not right.
+
+    Every rank may ask for itself.
+    """
+    steps = _steps(place)
+    if not steps or (isinstance(place, Folder) and not _looks_whole(place.root / step_name(steps[-1]))):
         return 0
+    return steps[-1]
 
 
 def find(path: str, warn: Callable[[str], None] = lambda message: None) -> Checkpoint:
-    """The checkpoint that a user names: its own folder, or a run folder (its newest).
+    """The checkpoint that a user names: its own folder, or a run's folder or `checkpoint.to` (its newest).
 
     Raises:
         ConfigError: the path is empty or absent.
         CheckpointError: there is no usable checkpoint.
     """
     folder = Path(path)
-    if not path or not folder.is_dir():
+    if scheme(path):
+        found = newest(Remote(path), warn)
+    elif not path or not folder.is_dir():
         raise ConfigError(f"'{path}' is no folder; give a run folder or one of its checkpoints/step_*")
-    if (folder / "checkpoints").is_dir():
-        found = newest(folder, warn)
-        if found is None:
-            raise CheckpointError(f"{folder} holds no checkpoint yet")
-        return found
-    return open_checkpoint(folder)
+    elif (folder / FOLDER).is_dir():
+        found = newest(Folder(folder / FOLDER), warn)
+    else:
+        return open_checkpoint(folder)
+    if found is None:
+        raise CheckpointError(f"{shown(path)} holds no checkpoint yet")
+    return found
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest.
+    """Check every file of a checkpoint against its manifest; the ranks share the work.
 
     Raises:
         CheckpointError: names the first file that is missing, short or changed.
     """
-    try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, (size, digest) in listed.items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise CheckpointError(f"{file} is missing or not {size} bytes long, as its manifest says")
-            if _sha256(file) != digest:
-                raise CheckpointError(f"{file} has changed since it was written (its sha256 differs)")
-        return Checkpoint(folder, json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
+    return _checked(folder, distributed.rank(), distributed.world_size())
 
 
-def check_fits(found: Checkpoint, world: int, zero_stage: int, precision: str) -> None:
-    """Whether a checkpoint can be loaded into a run of this shape.
-
-    Raises:
-        CheckpointError: it was saved on another number of ranks, at another ZeRO stage or precision.
-    """
-    here = {"world_size": world, "zero_stage": zero_stage, "precision": precision}
-    odd = [f"{key} {found.state[key]} (here {value})" for key, value in here.items() if found.state[key] != value]
-    if odd:
-        raise CheckpointError(f"{found.folder} was saved with {', '.join(odd)}; start the run the way it was saved")
+def weights(found: Checkpoint, exact: bool = False) -> dict[str, Tensor]:
+    """{our name: whole tensor} of every parameter and buffer; parameters as they were trained, or `exact`: in fp32."""
+    return pieces.weights(pieces.Reader(found.folder), None if exact else DTYPES[found.state["precision"]])
 
 
 def run_folder(checkpoint: Checkpoint) -> Path:
@@ -149,50 +161,113 @@ def run_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.parent.parent
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new one, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _looks_whole(folder: Path) -> bool:
+    try:
+        return all((folder / name).stat().st_size == size for name, (size, _) in _listed(folder).items())
+    except (OSError, CheckpointError):
+        return False
 
 
-def _save_weights(path: Path, engine: Engine) -> None:
-    from safetensors.torch import save_file
-
-    kept = {}
-    for name, tensor in engine.weights():  # every rank walks along, rank 0 keeps
-        if distributed.rank() == 0:
-            kept[name] = tensor.contiguous()
-    if distributed.rank() == 0:
-        save_file(kept, path)
+def _steps(place: Target) -> list[int]:
+    try:
+        return place.steps()
+    except OSError as error:
+        raise CheckpointError(f"{place.place} cannot be looked into ({error})") from error
 
 
-def _digests(folder: Path) -> dict[str, tuple[int, str]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_size, _sha256(path)) for path in files}
+def _open(place: Target, step: int) -> Checkpoint:
+    if isinstance(place, Folder):
+        return open_checkpoint(place.root / step_name(step))
+    assert isinstance(place, Remote)
+    return _fetch(place, step)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _fetch(place: Remote, step: int) -> Checkpoint:
+    """A checkpoint out of a store, once per node, in a run folder that is removed afterwards; its ranks share."""
+    hosts = distributed.gather_objects(socket.gethostname())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[distributed.rank()]]
+    index = here.index(distributed.rank())
+    holds = tempfile.TemporaryDirectory(prefix="vlscale-checkpoint-") if index == 0 else None
+    names = distributed.gather_objects(holds and holds.name)
+    run = Path(str(names[here[0]]))
+    folder = run / FOLDER / step_name(step)
+    manifest = [(f"{step_name(step)}/{MANIFEST}", folder / MANIFEST)]
+    try:
+        _together(lambda: _get(place, [] if index else manifest))
+        listed = list(_together(lambda: _listed(folder)))
+        mine = [(f"{step_name(step)}/{name}", folder / name) for name in listed[index :: len(here)]]
+        of_run = [(name, run / name) for name in ([] if index else place.kept())]
+        _together(lambda: _get(place, [*mine, *of_run]))
+        found = _checked(folder, index, len(here))
+    except CheckpointError:
+        if holds is not None:
+            holds.cleanup()
+        raise
+    return Checkpoint(folder, found.state, holds)
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _get(place: Remote, wanted: list[tuple[str, Path]]) -> None:
+    """Files of a store to local ones."""
+    try:
+        for name, path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place.get(name, path)
+    except OSError as error:
+        raise CheckpointError(f"a checkpoint cannot be fetched ({error})") from error
 
 
-def _prune(root: Path, newest: Path, keep: int) -> None:
-    """Keep `keep` up to the newest; later ones were broken or given up, hidden ones are what a kill left."""
-    complete = sorted(root.glob("step_*"))
-    place = complete.index(newest) + 1
-    for folder in (*complete[: max(0, place - keep)], *complete[place:], *root.glob(".step_*.partial")):
-        shutil.rmtree(folder, ignore_errors=True)
+def _checked(folder: Path, index: int, ranks: int) -> Checkpoint:
+    """The checkpoint, of which this rank looks at every `ranks`th file; a mistake is every rank's."""
+    _together(lambda: _check(folder, index, ranks))
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return Checkpoint(folder, state)
+
+
+def _check(folder: Path, index: int, ranks: int) -> None:
+    listed = _listed(folder)
+    with ThreadPoolExecutor(THREADS) as threads:
+        problems = threads.map(lambda name: _problem(folder / name, *listed[name]), list(listed)[index::ranks])
+        first = next(filter(None, problems), "")
+    if first:
+        raise CheckpointError(first)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What `work` gives, if it fails on no rank; else the CheckpointError of the lowest rank that failed."""
+    made, failure = None, ""
+    try:
+        made = work()
+    except CheckpointError as error:
+        failure = str(error)
+    for each in distributed.gather_objects(failure):
+        if each:
+            raise CheckpointError(str(each))
+    return cast(T, made)
+
+
+def _listed(folder: Path) -> Mapping[str, tuple[int, str]]:
+    """{name: (bytes, sha256)} of a manifest, in which no byte may have changed."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text()
+        tree = json.loads(text)
+        listed = {str(name): (int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
+    if text != as_json({"files": {name: list(each) for name, each in listed.items()}}) or STATE not in listed:
+        raise CheckpointError(f"{path} has changed since it was written")
+    return listed
+
+
+def _problem(file: Path, size: int, digest: str) -> str:
+    """What is wrong with a file, empty = nothing."""
+    try:
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{file} is missing or not {size} bytes long, as its manifest says"
+        found = hashlib.sha256()
+        with file.open("rb", buffering=0) as opened:
+            while chunk := opened.read(pieces.CHUNK):
+                found.update(chunk)
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror or error})"
+    return f"{file} has changed since it was written (its sha256 differs)" if found.hexdigest() != digest else ""

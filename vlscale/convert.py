@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlscale import checkpoint, config, masters, run_folder, vocabulary, weights
+from vlscale import checkpoint, config, run_folder, vocabulary, weights
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean
 from vlscale.families.base import Renames, Size
@@ -161,9 +161,9 @@ def merge(source: str, out: str, dtype: str | None = None) -> list[str]:
         CheckpointError: no usable checkpoint.
     """
     file, found = _new_file(out), checkpoint.find(source)
-    tensors = weights.read(found.folder / checkpoint.WEIGHTS)
+    tensors = checkpoint.weights(found)
     shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in (torch.bfloat16, torch.float16)}
-    exact = masters.read(found.folder, shapes) if dtype == "fp32" and shapes else {}
+    exact = checkpoint.weights(found, exact=True) if dtype == "fp32" and shapes else {}
     exact = {name: tensor for name, tensor in exact.items() if name in shapes}
     _save(file, {**_cast(tensors, dtype), **exact}, None)
     return [
@@ -182,7 +182,7 @@ def _own(source: str) -> Own:
         tensors = weights.read(path)
     else:
         found = checkpoint.find(source)
-        folder, tensors = checkpoint.run_folder(found), weights.read(found.folder / checkpoint.WEIGHTS)
+        folder, tensors = checkpoint.run_folder(found), checkpoint.weights(found)
     if not any(name.startswith("family.") for name in tensors):
         raise CheckpointError(
             f"{source} holds no tensors under our names; `--from SYSTEM` turns the authors' into ours"

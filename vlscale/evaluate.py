@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from vlscale import build, checkpoint, config, run_folder, vocabulary
 from vlscale.data.shards import Shards
@@ -59,7 +58,7 @@ def evaluate(
 
 def load_model(found: checkpoint.Checkpoint, run: config.RunConfig) -> PretrainModel:
     """The run's model with a checkpoint's weights, in the precision they were trained in."""
-    weights = load_file(found.folder / checkpoint.WEIGHTS)
+    weights = checkpoint.weights(found)
     model = build.build_model(replace(run, init=InitConfig()))  # every weight comes from the checkpoint
     for name, parameter in model.named_parameters():
         if name in weights:

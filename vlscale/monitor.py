@@ -181,7 +181,7 @@ def _finite(value: Value) -> Value:
 
 
 def _short(name: str, value: Value) -> str:
-    name = name.split("/", 2)[-1]  # of an evaluation, what follows eval/<task>/
+    name = name.split("/", 2)[2] if name.startswith("eval/") else name  # what follows eval/<task>/
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 

@@ -56,20 +56,19 @@ def check(
     batch: int,
     max_words: int,
     out: Path,
-    checkpoint_bytes: int,
-    keep: int,
+    disk: int,
     questions: bool = False,
     seed: int = 0,
     budget: Budget | None = None,
 ) -> Report:
-    """Whether a run on these shards can start, and can save keep + 1 checkpoints of the given size to `out`.
+    """Whether a run on these shards can start, and can write checkpoints of `disk` bytes in all to `out`.
 
     No shard and no member may be empty, samples must number at least `batch`, pictures decode, captions hold
     words that the vocabulary knows; of the samples that are looked at, as many may be broken as `budget` allows in
     training (None: none). DataError or ConfigError names the first thing that is wrong.
     """
     began = time.monotonic()
-    check_disk(out, (keep + 1) * checkpoint_bytes)
+    check_disk(out, disk)
     check_count(shards, batch)
     check_members(shards, inputs)
     looked_at = _looked_at(shards, seed)
@@ -228,7 +227,7 @@ def check_disk(out: Path, needed: int) -> None:
     if free < needed:
         raise ConfigError(
             f"{out} has {free / 2**30:.1f} GiB free but the checkpoints need {needed / 2**30:.1f} GiB; "
-            "write another --out, or a smaller checkpoint.keep"
+            "write another --out, or a smaller checkpoint.keep or greater checkpoint.keep_every"
         )
 
 

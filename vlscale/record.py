@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlscale import agreement, build, checkpoint, config, distributed, ds_config, non_finite, optim
+from vlscale.background import Saved, Saver
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data import bad as bad_data
@@ -60,6 +61,8 @@ class Record:
         self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
         self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
         self._window = Window(run.non_finite, setting.begin.state.get("non_finite", ()) if setting.begin else ())
+        place = checkpoint.target(setting.out, run.checkpoint.to)
+        self.saver = Saver(place, run.checkpoint, self._saved, monitor.warn)
         self.end: VlscaleError | None = None  # what ends the run, once it should
 
     def timed(self, steps: Iterable[Served]) -> Iterator[Served]:
@@ -125,11 +128,12 @@ class Record:
         if self._window.spent():
             self.end = TrainingError(self._window.refusal(self._setting.out / non_finite.FILE))
 
-    def save(self, step: int, machine: Engine) -> None:
-        """Write a checkpoint.
+    def save(self, step: int, machine: Engine, last: bool = False) -> None:
+        """Write a checkpoint, in the background but for the `last`.
 
         Raises:
-            TrainingError: the ranks' key queues have come to differ.
+            TrainingError: the ranks' key queues have come to differ, or too many saves have failed.
+            CheckpointError: the last has failed.
         """
         agreement.same_settings("what the ranks keep", self._model.queue_digests())
         loader = {**self._loader.state(), "bad_samples": self._bad_samples(step)}
@@ -138,13 +142,21 @@ class Record:
             "world_size": distributed.world_size(),
             "zero_stage": ds_config.stage(self._setting.ds),
             "precision": ds_config.precision(self._setting.ds),
+            "engine": machine.scalars(),
             "evaluated_step": self._evaluated,
             "loader": loader,
             "skipped_steps": self._skipped,
             "non_finite": self._window.state(),
         }
-        checkpoint.save(self._setting.out, machine, state, self._run.checkpoint.keep)
+        self.saver.start(step, machine.pieces(), state)
+        if last:
+            self.saver.finish(last=True)
         self._clock.skip()
+
+    def _saved(self, saved: Saved) -> None:
+        if not saved.failure:
+            figures = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds, "bytes": saved.bytes}
+            self._monitor.scalars(saved.step, {f"checkpoint/{name}": value for name, value in figures.items()})
 
     def evaluated(self, step: int) -> bool:
         """Whether `evaluate` has been called at this step, in this run or before it was stopped."""

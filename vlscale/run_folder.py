@@ -17,14 +17,24 @@ from typing import Any
 import yaml
 
 from vlscale import __version__
-from vlscale.checkpoint import write_atomically
 from vlscale.errors import ConfigError
+from vlscale.targets import write_atomically
 
 CONFIG = "config.yaml"
 HANGS = "hangs"  # what a hang left behind: `watchdog`
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
-MAY_CHANGE = ("steps", "logging", "evaluation", "watchdog", "non_finite", "spikes", *LOADING)  # leave a run the same
+SAVING = tuple(f"checkpoint.{key}" for key in ("every", "keep", "keep_every", "failures", "background"))
+MAY_CHANGE = (
+    "steps",
+    "logging",
+    "evaluation",
+    "watchdog",
+    "non_finite",
+    "spikes",
+    *SAVING,
+    *LOADING,
+)  # leave a run the same
 
 CUT = "data.micro_batch"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,11 @@ from vlscale.watchdog import Watchdog, patience
 def train(request: Request) -> int:
     """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
     guard = StopGuard()  # stays open until the process ends
-    with Watchdog(request.run.watchdog, request.out) as watchdog:
-        return DONE if build.finished(request) else _train(request, guard, watchdog)
+    with Watchdog(request.run.watchdog, request.out) as watchdog, ExitStack() as ends:
+        return DONE if build.finished(request) else _train(request, guard, watchdog, ends)
 
 
-def _train(request: Request, guard: StopGuard, watchdog: Watchdog) -> int:
+def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitStack) -> int:
     run = request.run
     setting = build.setup(request)
     watchdog.at("building")
@@ -41,7 +42,7 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog) -> int:
     machine = build.build_engine(run, setting, model)
     start = setting.begin.step if setting.begin else 0
     if setting.begin:
-        machine.load(setting.begin.folder)
+        setting.begin.restore(machine)
     build.write_folder(run, setting)
     watchdog.listen(setting.out)
     monitor = Monitor(
@@ -59,6 +60,8 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog) -> int:
     vote = distributed.StopVote(setting.device)
     plans = distributed.StepPlans(patience(run.watchdog))
     record = Record(run, setting, model, loader, monitor, watchdog)
+    ends.callback(record.saver.close)
+    record.saver.reserve(machine.pieces())
     if start and evaluation_due(run, start) and not record.evaluated(start):
         record.evaluate(start)  # the stop had no time for it
 
@@ -66,13 +69,15 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog) -> int:
         watchdog.at("step", step)
         record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
 
-        stopping = any(vote.agreed(guard.requested))
-        last = step == run.steps
+        wishes, behind = vote.agreed(int(guard.requested), -record.saver.halves)
+        record.saver.go_on(-behind)
+        stopping, last = wishes > 0, step == run.steps
         if evaluation_due(run, step) and (last or not stopping):
             record.evaluate(step)
         if last or stopping or record.end or step % run.checkpoint.every == 0:
-            record.save(step, machine)
+            record.save(step, machine, last=last or stopping)
         if record.end:
+            record.saver.finish()
             raise record.end
         if stopping and not last:
             record.close()

@@ -1,0 +1,33 @@
+"""How much room checkpoints take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlscale import distributed, optim, optimizers
+from vlscale.model import PretrainModel
+from vlscale.optim import OptimConfig
+from vlscale.options import CheckpointConfig
+
+
+def checkpoint_bytes(model: PretrainModel, optim_config: OptimConfig) -> int:
+    """Of one checkpoint: weights and averages in fp32, the optimizer's moments, queues and other buffers.
+
+    The model may lie on the meta device.
+    """
+    moments = sum(
+        optimizers.MOMENTS[group["rule"]] * 4 * int(each.numel())
+        for group in optim.groups(model.named_parameters(), optim_config)
+        for each in group["params"]
+    )
+    own = model.sharded_buffers()  # each rank has others
+    copies = {name: distributed.world_size() if name in own else 1 for name, _ in model.named_buffers()}
+    buffers = sum(each.numel() * each.element_size() * copies[name] for name, each in model.named_buffers())
+    return 4 * sum(each.numel() for each in model.parameters()) + moments + buffers
+
+
+def still_needed(size: int, options: CheckpointConfig, steps: int, folder: Path) -> int:
+    """Bytes that a run's checkpoints will take beyond those that `folder` holds, the one being written included."""
+    kept = options.keep + (steps // options.keep_every if options.keep_every else 0)
+    number = min(kept, -(-steps // options.every)) + 1
+    return max(0, number * size - sum(path.stat().st_size for path in folder.glob("step_*/*")))
