@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.models import albef_batch, albef_model
 from vlscale import checkpoint
+from vlscale.background import Saver
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig
+from vlscale.options import CheckpointConfig
+from vlscale.pieces import Piece
+from vlscale.targets import Folder
 from vlscale.types import Moment
+
+PIECES = "rank_00000.safetensors"
 
 
 def engine(seed: int = 0) -> LocalEngine:
     return LocalEngine(albef_model(seed=seed), OptimConfig(), torch.device("cpu"))
 
 
-def state(step: int) -> dict[str, Any]:
-    return {"step": step, "world_size": 1, "zero_stage": 2, "precision": "bf16"}
+def save(run: Path, machine: LocalEngine | Small, step: int, keep: int = 2, keep_every: int = 0) -> Path:
+    """A checkpoint of the run in `run`; its folder."""
+    options = CheckpointConfig(keep=keep, keep_every=keep_every, background=False)
+    state: dict[str, Any] = {"step": step, "precision": "fp32", "engine": machine.scalars()}
+    Saver(Folder(run / "checkpoints"), options).start(step, machine.pieces(), state)
+    return of(run, step)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,7 @@ def machine() -> LocalEngine:
 def run(tmp_path: Path, machine: LocalEngine) -> Path:
     """A run folder with the checkpoints of steps 10 and 20."""
     for step in (10, 20):
-        checkpoint.save(tmp_path, machine, state(step), keep=2)
+        save(tmp_path, machine, step)
     return tmp_path
 
 
@@ -47,7 +58,7 @@ def of(run: Path, step: int) -> Path:
 
 def newest(run: Path) -> tuple[int, list[str]]:
     warnings: list[str] = []
-    found = checkpoint.newest(run, warnings.append)
+    found = checkpoint.newest(Folder(run / "checkpoints"), warnings.append)
     return (found.step if found else 0), warnings
 
 
@@ -56,7 +67,7 @@ def test_the_manifest_lists_every_file(run: Path) -> None:
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     assert set(listed) == set(files) - {"manifest.json"}
-    assert {"weights.safetensors", "state.json", "local.pt"} <= set(listed)
+    assert set(listed) == {"state.json", PIECES}
     for name, (size, digest) in listed.items():
         assert files[name].stat().st_size == size
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest
@@ -65,22 +76,22 @@ def test_the_manifest_lists_every_file(run: Path) -> None:
 
 def test_latest_names_the_newest(run: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000020"
-    assert checkpoint.latest_step(run) == 20
+    assert checkpoint.last_step(Folder(run / "checkpoints")) == 20
     assert newest(run) == (20, [])
     assert checkpoint.run_folder(checkpoint.find(str(run))) == run
 
 
 def test_the_newest_are_kept(run: Path, machine: LocalEngine) -> None:
-    checkpoint.save(run, machine, state(30), keep=2)
+    save(run, machine, 30)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *("latest", "step_00000020", "step_00000030"),
     ]
-    checkpoint.save(run, machine, state(40), keep=1)
+    save(run, machine, 40, keep=1)
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000040"]
 
 
 def test_weights_are_whole_and_by_our_names(run: Path, machine: LocalEngine) -> None:
-    weights = load_file(of(run, 20) / "weights.safetensors")
+    weights = checkpoint.weights(checkpoint.find(str(run)))
     expected = {**dict(machine.model.named_parameters()), **dict(machine.model.named_buffers())}
     assert set(weights) == set(expected)
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
@@ -102,10 +113,10 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
     first = engine()
     steps(first, range(1, 4))
-    folder = checkpoint.save(tmp_path, first, state(3), keep=1)
+    save(tmp_path, first, 3)
     expected = steps(first, range(4, 7))
     second = engine(seed=1)
-    second.load(folder)
+    checkpoint.find(str(tmp_path)).restore(second)
     assert steps(second, range(4, 7)) == expected
 
 
@@ -124,7 +135,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip_a_byte, cut_short, Path.unlink])
-@pytest.mark.parametrize("name", ["weights.safetensors", "local.pt", "state.json"])
+@pytest.mark.parametrize("name", [PIECES, "state.json"])
 def test_a_harmed_file_leads_to_the_one_before(run: Path, harm: Callable[[Path], None], name: str) -> None:
     harm(of(run, 20) / name)
     step, warnings = newest(run)
@@ -148,16 +159,18 @@ def test_a_harmed_manifest_leads_to_the_one_before(run: Path, harm: Callable[[Pa
 
 def test_all_broken(run: Path) -> None:
     for step in (10, 20):
-        flip_a_byte(of(run, step) / "local.pt")
-    with pytest.raises(CheckpointError, match=r"holds 2 checkpoint\(s\), and none is usable: .*local.pt") as caught:
-        checkpoint.newest(run)
+        flip_a_byte(of(run, step) / PIECES)
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 checkpoint\(s\), and none is usable: .*rank_00000.safetensors"
+    ) as caught:
+        checkpoint.newest(Folder(run / "checkpoints"))
     assert caught.value.exit_code == 5
 
 
 def test_a_broken_one_is_overtaken(run: Path, machine: LocalEngine) -> None:
     """Going on from 10, the save at 15 counts: it is neither pruned nor hidden behind the broken 20."""
-    flip_a_byte(of(run, 20) / "local.pt")
-    checkpoint.save(run, machine, state(15), keep=1)
+    flip_a_byte(of(run, 20) / PIECES)
+    save(run, machine, 15, keep=1)
     assert newest(run) == (15, [])
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000015"
 
@@ -166,13 +179,13 @@ def test_what_a_kill_left_is_ignored_and_removed(run: Path, machine: LocalEngine
     for step in (25, 30):
         partial = run / "checkpoints" / f".step_{step:08d}.partial"
         partial.mkdir()
-        (partial / "local.pt").write_bytes(b"half")
+        (partial / PIECES).write_bytes(b"half")
     assert newest(run) == (20, [])
-    checkpoint.save(run, machine, state(30), keep=2)
+    save(run, machine, 30)
     assert not list((run / "checkpoints").glob(".*"))
     assert newest(run) == (30, [])
     assert set(json.loads((of(run, 30) / "manifest.json").read_text())["files"]) == {
-        *("local.pt", "state.json", "weights.safetensors"),
+        *(PIECES, "state.json"),
     }
 
 
@@ -181,12 +194,11 @@ def test_a_kill_between_the_rename_and_latest(run: Path) -> None:
     assert newest(run)[0] == 20
     (run / "checkpoints" / "latest").unlink()
     assert newest(run)[0] == 20
-    assert checkpoint.latest_step(run) == 0
 
 
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.latest_step(tmp_path) == 0
+    assert checkpoint.newest(Folder(tmp_path)) is None
+    assert checkpoint.last_step(Folder(tmp_path)) == 0
 
 
 def test_find(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -212,16 +224,68 @@ def test_find_says_when_it_takes_an_older_one(run: Path) -> None:
         checkpoint.find(str(of(run, 20)))
 
 
-@pytest.mark.parametrize(
-    ("here", "says"),
-    [
-        ((2, 2, "bf16"), r"was saved with world_size 1 \(here 2\)"),
-        ((1, 3, "bf16"), r"was saved with zero_stage 2 \(here 3\)"),
-        ((1, 2, "fp32"), r"was saved with precision bf16 \(here fp32\)"),
-    ],
-)
-def test_a_run_of_another_shape(run: Path, here: tuple[int, int, str], says: str) -> None:
-    found = checkpoint.find(str(run))
-    checkpoint.check_fits(found, 1, 2, "bf16")
-    with pytest.raises(CheckpointError, match=says):
-        checkpoint.check_fits(found, *here)
+def test_those_of_every_nth_step_are_kept_for_ever(tmp_path: Path, machine: LocalEngine) -> None:
+    for step in range(10, 80, 10):
+        save(tmp_path, machine, step, keep=2, keep_every=30)
+    kept = [int(path.name[-8:]) for path in sorted((tmp_path / "checkpoints").glob("step_*"))]
+    assert kept == [30, 60, 70]
+
+
+def test_the_newest_until_a_step(run: Path) -> None:
+    place = Folder(run / "checkpoints")
+    for until, step in ((25, 20), (20, 20), (19, 10)):
+        found = checkpoint.newest(place, until=until)
+        assert found is not None
+        assert found.step == step
+    assert checkpoint.newest(place, until=9) is None
+
+
+def test_a_finished_run_is_known_without_reading_it(run: Path) -> None:
+    place = Folder(run / "checkpoints")
+    flip_a_byte(of(run, 20) / PIECES)
+    assert checkpoint.last_step(place) == 20
+    cut_short(of(run, 20) / PIECES)
+    assert checkpoint.last_step(place) == 0
+
+
+def test_nobody_else_may_write(tmp_path: Path, machine: LocalEngine) -> None:
+    before = os.umask(0)
+    try:
+        save(tmp_path, machine, 10)
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if not path.is_symlink()]
+    assert len(made) == 6
+    assert not [path for path in made if path.stat().st_mode & 0o002]
+
+
+class Small:
+    """An engine with next to nothing in it."""
+
+    def pieces(self) -> list[Piece]:
+        values = torch.arange(300.0)
+        return [Piece("master/weight", (30, 10), 0, values), Piece("step/weight", (1,), 0, torch.tensor([3]))]
+
+    def scalars(self) -> dict[str, Any]:
+        return {"loss_scale": {}}
+
+
+def test_whichever_byte_changes_is_noticed(tmp_path: Path) -> None:
+    """300 places, each once with a flipped bit and once as the end of the file: every file, every part of it."""
+    for step in (10, 20):
+        save(tmp_path, Small(), step)
+    files = sorted(of(tmp_path, 20).iterdir())
+    contents = {path: path.read_bytes() for path in files}
+    draw = random.Random(0)
+    places = [(path, draw.randrange(len(contents[path]))) for path in files for _ in range(100)]
+    assert len(places) == 300
+    for path, place in places:
+        whole = contents[path]
+        flipped = bytes([whole[place] ^ (1 << draw.randrange(8))])
+        for harmed in (whole[:place] + flipped + whole[place + 1 :], whole[:place]):
+            path.write_bytes(harmed)
+            step, warnings = newest(tmp_path)
+            assert (step, len(warnings)) == (10, 1), (path.name, place)
+            assert str(of(tmp_path, 20)) in warnings[0]
+        path.write_bytes(whole)
+    assert newest(tmp_path) == (20, [])

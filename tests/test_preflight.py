@@ -106,7 +106,7 @@ def test_a_foreign_vocabulary(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"runs has [\d.]+ GiB free but the checkpoints need 3072.0 GiB"):
+    with pytest.raises(ConfigError, match=r"runs has [\d.]+ GiB free but the checkpoints need 1024.0 GiB"):
         run(tmp_path, make_shards(tmp_path, {}), disk=2**40)
 
 
