@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlscale import distributed
-from vlscale.errors import CheckpointError, ConfigError
 from vlscale.nn import momentum
+from vlscale.state import Span, place
 
 Pairs = Sequence[tuple[nn.Parameter, nn.Parameter]]  # (online, twin)
 
@@ -43,33 +42,10 @@ class Averages:
     def update(self, coefficient: float) -> None:
         """average <- coefficient * average + (1 - coefficient) * master; the twin follows. All ranks take part."""
         momentum.update(self.averages, self.masters, coefficient)
-        self._show()
-
-    def save(self, path: Path) -> None:
-        """Write this rank's averages."""
-        torch.save([average.to("cpu", copy=True) for average in self.averages], path)  # a view's storage is longer
+        self.show()
 
     @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """Read back what `save` wrote, and let the twin follow. All ranks take part.
-
-        Raises:
-            CheckpointError: the file is missing or was written for another layout.
-        """
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; it holds this rank's momentum averages")
-        kept = torch.load(path, weights_only=True, map_location="cpu")
-        found, wanted = ([tuple(each.shape) for each in side] for side in (kept, self.averages))
-        if found != wanted:
-            raise CheckpointError(
-                f"{path} holds momentum averages of shapes {found}, this run keeps {wanted}; "
-                f"go on with the number of ranks, ZeRO stage and version that wrote it"
-            )
-        for average, value in zip(self.averages, kept, strict=True):
-            average.copy_(value)
-        self._show()
-
-    def _show(self) -> None:
+    def show(self) -> None:
         """Round the averages into the twin, and bring every rank what it sees of the others' parts."""
         if self.rounded:
             places, shown = zip(*self.rounded, strict=True)
@@ -82,16 +58,19 @@ class Averages:
             self.small[0].all_gather(list(self.small))
 
 
-def whole(pairs: Pairs, masters: Sequence[Tensor]) -> Averages:
+def whole(pairs: Pairs, spans: Sequence[Span]) -> Averages:
     """Every rank keeps all of it: plain PyTorch and ZeRO 0.
 
     Args:
         pairs: (online, twin), none frozen.
-        masters: of each online parameter, fp32.
+        spans: of every trainable parameter, whole.
     """
+    masters = {span.parameter: span.flat for span in spans}
     twins = [twin.data for _, twin in pairs]
     averages = [twin.float() for twin in twins]  # an fp32 tensor is returned as it is
-    return Averages(masters, averages, _to_round(zip(twins, averages, strict=True)))
+    return Averages(
+        [masters[online].detach() for online, _ in pairs], averages, _to_round(zip(twins, averages, strict=True))
+    )
 
 
 @torch.no_grad()
@@ -118,46 +97,30 @@ def partitioned(pairs: Pairs, weights: Sequence[Tensor], masters: Sequence[Tenso
 
 
 @torch.no_grad()
-def sharded(pairs: Pairs, optimizer: Any) -> Averages:
+def sharded(pairs: Pairs, spans: Sequence[Span]) -> Averages:
     """Each rank keeps its part of each parameter: ZeRO 3. Nothing is gathered but what ZeRO keeps whole anyway.
 
     Args:
         pairs: (online, twin), none frozen; both partitioned.
-        optimizer: DeepSpeed's, with `fp32_partitioned_groups_flat` (this rank's part of the masters, one flat
-            tensor per sub-group) and `grad_position` (where a parameter's part lies in them).
-
-    Raises:
-        ConfigError: masters or weights are on NVMe.
+        spans: of every trainable parameter that has a part here.
     """
-    averages: dict[int, Tensor] = {}
+    averages: dict[Tensor, Tensor] = {}
     rounded = []
-    if pairs and (optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu):
-        raise ConfigError(
-            "a momentum twin follows weights in memory, but the ds_config sends them to NVMe; "
-            'write "device": "cpu" under offload_optimizer and offload_param'
-        )
-    for mine, twin in pairs:
-        shard: Tensor = twin.ds_tensor  # type: ignore[attr-defined]
-        group, start, count = optimizer.grad_position[optimizer.get_param_id(mine)]
-        if group not in averages:
-            averages[group] = optimizer.fp32_partitioned_groups_flat[group].detach().clone()
-        average = averages[group]
-        shown = average[start : start + count].view_as(shard).copy_(shard)
+    twins = dict(pairs)
+    for span in spans:
+        if span.parameter not in twins:
+            continue
+        shard: Tensor = twins[span.parameter].ds_tensor  # type: ignore[attr-defined]
+        if span.flat not in averages:
+            averages[span.flat] = span.flat.detach().clone()
+        average = averages[span.flat]
+        shown = average[span.start : span.start + shard.numel()].view_as(shard).copy_(shard)  # padding too
         if shard.dtype == average.dtype and shard.device == average.device:
             shard.data = shown
         rounded.append((shard.data, shown))
-    masters = [optimizer.fp32_partitioned_groups_flat[group].detach() for group in averages]
+    masters = [master.detach() for master in averages]
     small = [twin for _, twin in pairs if getattr(twin, "ds_persist", False)]
     return Averages(masters, list(averages.values()), _to_round(rounded), (), small)
-
-
-def place(tensor: Tensor, flats: Sequence[Tensor]) -> tuple[int, int]:
-    """(number of the flat buffer that `tensor` is a view of, its first element there)."""
-    for number, flat in enumerate(flats):
-        start = (tensor.data_ptr() - flat.data_ptr()) // flat.element_size()
-        if start >= 0 and start + tensor.numel() <= flat.numel() and tensor.device == flat.device:
-            return number, start
-    raise AssertionError("a trainable parameter is in one of the optimizer's flat buffers")
 
 
 def _to_round(shown: Any) -> list[tuple[Tensor, Tensor]]:

@@ -154,21 +154,17 @@ def merge(source: str, out: str, dtype: str | None = None) -> list[str]:
     Args:
         source: a run folder (its newest checkpoint), or a checkpoint.
         out: a .safetensors file.
-        dtype: `fp32`, from ZeRO's fp32 masters where the checkpoint has them; `bf16`; None = as they were trained.
+        dtype: `fp32`, the masters; `bf16`; None = as they were trained.
 
     Raises:
         ConfigError: no such folder, or a file that is there already.
         CheckpointError: no usable checkpoint.
     """
     file, found = _new_file(out), checkpoint.find(source)
-    tensors = checkpoint.weights(found)
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype in (torch.bfloat16, torch.float16)}
-    exact = checkpoint.weights(found, exact=True) if dtype == "fp32" and shapes else {}
-    exact = {name: tensor for name, tensor in exact.items() if name in shapes}
-    _save(file, {**_cast(tensors, dtype), **exact}, None)
-    return [
-        f"{file}: {len(tensors)} tensors of step {found.step}, {len(exact)} of them fp32 masters",
-    ]
+    exact = dtype == "fp32"
+    tensors = _cast(checkpoint.weights(found, exact), dtype)
+    _save(file, tensors, None)
+    return [f"{file}: {len(tensors)} tensors of step {found.step}{', from the fp32 masters' if exact else ''}"]
 
 
 # --- where weights come from and go to ---------------------------------------------------------------------

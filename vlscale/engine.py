@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -92,14 +91,6 @@ class Engine(Protocol):
         Raises:
             CheckpointError: it is of another model, or some of it is missing.
         """
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the state into `folder`. All ranks take part."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote, on the same number of ranks."""
         ...
 
 
@@ -286,28 +277,6 @@ class DeepSpeedEngine(TwinEngine):
         if self._fp16:
             self._scaler().update(scalars.get("loss_scale", {}))
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        self._ds.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-        own = self.model.sharded_buffers()
-        if own:  # DeepSpeed keeps rank 0's buffers alone
-            torch.save({name: buffer.cpu() for name, buffer in own.items()}, _queues_file(folder))
-        if self._averages.masters and (self.stage > 0 or distributed.rank() == 0):
-            self._averages.save(self._averages_file(folder))
-
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        self._ds.load_checkpoint(str(folder), tag="deepspeed")
-        own = self.model.sharded_buffers()
-        kept = torch.load(_queues_file(folder), weights_only=True) if own else {}
-        for name, buffer in own.items():
-            buffer.copy_(kept[name])
-        if self._averages.masters:
-            self._averages.load(self._averages_file(folder))
-
-    def _averages_file(self, folder: Path) -> Path:
-        return folder / f"momentum_{distributed.rank() if self.stage > 0 else 0:05d}.pt"
-
     def _prepare_averages(self) -> Averages:
         pairs = self._followed()
         if self.stage == 0:
@@ -330,7 +299,8 @@ class DeepSpeedEngine(TwinEngine):
     def _scaler(self) -> dict[str, Any]:
         """What DeepSpeed scales an fp16 loss by, live."""
         own = self._optimizer
-        return vars(own.loss_scaler if hasattr(own, "loss_scaler") else own.loss_scale_config)
+        scaler: dict[str, Any] = vars(own.loss_scaler if hasattr(own, "loss_scaler") else own.loss_scale_config)
+        return scaler
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -399,17 +369,6 @@ class DeepSpeedEngine(TwinEngine):
             flat.zero_()
             for span, values in kept:
                 span.of(flat).copy_(values)
-
-
-def saved(folder: Path, kind: str) -> list[Any]:
-    """What DeepSpeed wrote into a checkpoint, one entry per rank; `kind` is `optim_states` or `model_states`."""
-    _import_deepspeed()  # its own classes are among it
-    files = {int(file.name.split("rank_")[1].split("_")[0]): file for file in folder.glob(f"deepspeed/*_{kind}.pt")}
-    return [torch.load(files[rank], map_location="cpu", weights_only=False, mmap=True) for rank in sorted(files)]
-
-
-def _queues_file(folder: Path) -> Path:
-    return folder / f"queues_{distributed.rank():05d}.pt"
 
 
 def deepspeed_recompute() -> Callable[..., Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlscale import averages, optim, optimizers
+from vlscale import averages, optim, optimizers, state
 from vlscale.engine import StepReport, TwinEngine
 from vlscale.model import PretrainModel
+from vlscale.pieces import Piece, Reader
+from vlscale.state import State
 from vlscale.types import Batch, Moment, Pass
 
 
@@ -31,8 +33,9 @@ class LocalEngine(TwinEngine):
         self._clip = optim_config.clip
         self._accumulation = accumulation
         self._optimizer = optimizers.build(model.named_parameters(), optim_config)
-        pairs = self._followed()
-        self._averages = averages.whole(pairs, [online.data for online, _ in pairs])
+        self._spans = state.whole((each, each) for each in self.model.parameters() if each.requires_grad)
+        self._averages = averages.whole(self._followed(), self._spans)
+        self._state = State(self.model, self._spans, self._averages, lambda flat: self._optimizer)
 
     def forward(self, batch: Batch, at: Moment, phase: object | None = None) -> Pass:
         """See `Engine.forward`."""
@@ -66,13 +69,14 @@ class LocalEngine(TwinEngine):
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             yield name, tensor.detach().cpu().clone()
 
-    def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / "local.pt")
+    def pieces(self) -> list[Piece]:
+        """See `Engine.pieces`."""
+        return self._state.pieces(alike=True)
 
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        state = torch.load(folder / "local.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def scalars(self) -> dict[str, Any]:
+        """See `Engine.scalars`."""
+        return {}
+
+    def restore(self, reader: Reader, scalars: Mapping[str, Any]) -> None:
+        """See `Engine.restore`."""
+        self._state.restore(reader)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +34,7 @@ from torch.optim.sgd import sgd
 from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.optim import OptimConfig, groups
-
-Span = tuple[int, int, int]  # number of a parameter, its first element in a flat tensor, how many lie there
+from vlscale.state import Span
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -65,23 +64,37 @@ def check_offload(optimizer: torch.optim.Optimizer, ds: Mapping[str, Any]) -> No
         )
 
 
-@dataclass(frozen=True)
 class Pieces:
     """Which parameters lie where in the flat tensors that ZeRO hands an optimizer.
 
     With no `spans` every tensor is one whole parameter, on every rank.
+
+    Args:
+        flats: the tensors.
+        spans: of what lies in them on this rank.
+        parameters: all of them, in the same order on all ranks.
+        device: from which messages to other ranks go.
     """
 
-    spans: Mapping[Tensor, Sequence[Span]] = field(default_factory=dict)  # of every flat tensor, what it holds
-    count: int = 0  # parameters that are numbered, the same on all ranks
-    device: torch.device | None = None  # from which messages to other ranks go
+    def __init__(
+        self,
+        flats: Sequence[Tensor] = (),
+        spans: Sequence[Span] = (),
+        parameters: Sequence[nn.Parameter] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self._numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        self._spans: dict[Tensor, list[Span]] = {flat: [] for flat in flats}
+        for span in spans:
+            self._spans[span.flat].append(span)
+        self._device = device
 
     def of(self, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
         """The pieces of parameters that `values`, of the shapes of `tensors`, hold on this rank: views."""
-        if not self.spans:
+        if not self._spans:
             return list(values)
         pairs = zip(tensors, values, strict=True)
-        return [value[start : start + count] for each, value in pairs for _, start, count in self.spans[each]]
+        return [span.of(value) for each, value in pairs for span in self._spans[each]]
 
     def norms(self, tensors: Sequence[Tensor], *several: Sequence[Tensor]) -> Tensor:
         """[len(several), pieces]: the L2 norm of the whole parameter, over all ranks, that each piece is of.
@@ -89,14 +102,14 @@ class Pieces:
         All in ONE message; every rank calls it with the same tensors' parts.
         """
         pieces = [self.of(tensors, values) for values in several]
-        if not self.spans:
+        if not self._spans:
             return torch.stack([torch.stack(list(torch._foreach_norm(each))) for each in pieces])
-        numbers = [number for each in tensors for number, _, _ in self.spans[each]]
-        squares = torch.zeros(len(several), self.count, device=tensors[0].device)
+        numbers = [self._numbers[span.parameter] for each in tensors for span in self._spans[each]]
+        squares = torch.zeros(len(several), len(self._numbers), device=tensors[0].device)
         for row, each in zip(squares, pieces, strict=True):
             if each:
                 row[numbers] = torch.stack(list(torch._foreach_norm(each))).square()
-        message = squares.to(self.device)
+        message = squares.to(self._device)
         distributed.sum_(message)
         return message.sqrt().to(squares.device)[:, numbers]
 

@@ -43,6 +43,8 @@ class KeyQueue(nn.Module):
         ValueError: a sharded queue whose capacity is not a multiple of the number of ranks.
     """
 
+    RINGS = ("keys", "ids", "entered")  # the buffers that have a row for every place
+
     keys: Tensor  # [places, E] unit length; places = capacity, or capacity / W when sharded
     ids: Tensor  # [places] int64 pair ids; -1 = of no known picture
     entered: Tensor  # [places] int64, the optimizer step that pushed it; 0 = from the start
@@ -177,7 +179,7 @@ class KeyQueue(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """The buffers that differ from rank to rank; none unless sharded."""
-        return {"keys": self.keys, "ids": self.ids, "entered": self.entered} if self.sharded else {}
+        return {name: self.get_buffer(name) for name in self.RINGS} if self.sharded else {}
 
     def whole(self) -> dict[str, Tensor]:
         """Every buffer as if the queue were replicated; of a sharded one all ranks take part."""
@@ -186,6 +188,19 @@ class KeyQueue(nn.Module):
             (parts,) = distributed.gather([buffer])
             out[name] = parts.view(self._parts, *buffer.shape).transpose(0, 1).reshape(-1, *buffer.shape[1:])
         return out
+
+    @torch.no_grad()
+    def take(self, name: str, rows: Tensor, part: int, parts: int) -> None:
+        """Put in what belongs here of another split of the ring.
+
+        Args:
+            name: one of `RINGS`.
+            rows: [capacity / parts, ...], the buffer as it was on rank `part` of `parts`.
+        """
+        places = torch.arange(len(rows)) * parts + part
+        mine = places % self._parts == self._own
+        buffer = self.get_buffer(name)
+        buffer[places[mine].to(buffer.device) // self._parts] = rows[mine].to(buffer)
 
     def digest(self) -> str:
         """Of the buffers that are the same on every rank."""
