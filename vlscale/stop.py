@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from multiprocessing import forkserver
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,6 +26,7 @@ import psutil
 from vlscale.errors import STOPPED
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
     from multiprocessing.process import BaseProcess
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -164,6 +166,21 @@ class Launcher:
                     process.terminate()
         except psutil.Error:
             pass  # the launcher or a rank has just ended
+
+
+def worker_processes(preload: str) -> ForkServerContext:
+    """Where worker processes come from: a server that has imported `preload`, and that SIGTERM passes by.
+
+    They are not forked from here: a fork inherits locks that threads of torch or OpenCV may hold, and hangs on them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the server inherits it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def shield_worker(worker: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import queue
 import threading
@@ -31,6 +30,7 @@ from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
+from vlscale.stop import shield_worker, worker_processes
 from vlscale.types import Batch, Inputs
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
@@ -198,9 +198,6 @@ class Loader:
         if not self._workers:
             _one_thread()
             return map(self._batches.__getitem__, numbers)
-        # not forked from here: a fork inherits locks that threads of torch or OpenCV may hold, and hangs on them
-        workers = multiprocessing.get_context("forkserver")
-        workers.set_forkserver_preload(["vlscale.data.loader"])
         return DataLoader(
             self._batches,
             batch_size=None,  # an item is a micro-batch already
@@ -209,7 +206,7 @@ class Loader:
             prefetch_factor=max(2, -(-self._per_step // self._workers)),
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
-            multiprocessing_context=workers,
+            multiprocessing_context=worker_processes("vlscale.data.loader"),
         )
 
     def _account(self, loaded: Loaded) -> Batch:
@@ -309,6 +306,7 @@ def _as_is(loaded: T) -> T:
 def _start_worker(worker: int) -> None:
     """A session of its own keeps a worker out of signals to the job's process group: its parent decides."""
     os.setsid()
+    shield_worker(worker)
     _one_thread()
 
 
