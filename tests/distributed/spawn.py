@@ -53,7 +53,7 @@ def free_port() -> int:
 def _start(function: Callable[..., Any], world: int, args: tuple[Any, ...], cuda: bool) -> tuple[list[Any], list[Any]]:
     context: Any = multiprocessing.get_context("spawn" if cuda else "forkserver")
     if not cuda:
-        context.set_forkserver_preload(["torch", "deepspeed"])  # imported once, not once per rank and test
+        context.set_forkserver_preload(["tests.distributed.warm"])  # imported once, not once per rank and test
     environment = {**os.environ, **({} if cuda else CPU_ONLY), "WORLD_SIZE": str(world)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes, pipes = [], []
