@@ -53,6 +53,7 @@ class Request:
     ds_path: str
     out: Path | None  # None = runs/<recipe>-<date>-<time>
     resume: str = "auto"  # auto, never, or a checkpoint
+    until: int | None = None  # `auto` goes on from the newest checkpoint up to this step; None = the newest
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
     if request.resume == "auto":
         assert request.out is not None
         place = checkpoint.target(request.out, request.run.checkpoint.to)
-        return checkpoint.newest(place, warnings.append)
+        return checkpoint.newest(place, warnings.append, request.until)
     found = checkpoint.find(request.resume, warnings.append)
     for what, keys in (("model", ("family", "objectives")), ("optimizer", tuple(f"optim.{key}" for key in KEPT))):
         odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), keys)

@@ -110,6 +110,24 @@ def newest(
     return None
 
 
+def go_back(place: Target, step: int) -> None:
+    """Make the checkpoint of `step` the newest: later ones go. All ranks take part.
+
+    Raises:
+        CheckpointError: the place refuses.
+    """
+
+    def remove() -> str:
+        try:
+            place.go_back(step)
+        except OSError as error:
+            reason = f"{place.place}: the checkpoints after step {step} cannot be removed ({error})"
+            raise CheckpointError(reason) from error
+        return ""
+
+    agreement.by_rank_0(remove)
+
+
 def last_step(place: Target) -> int:
     """The step of the newest checkpoint, by the names and sizes of its files alone; 0 where they are not right.
 

@@ -63,9 +63,9 @@ class Monitor:
         tensorboard: bool = True,
         console: TextIO | None = None,
     ) -> None:
+        self._out = out
         self._rank = rank
         self._steps = steps
-        self._start = start
         self._console = console or sys.stdout
         self._shown = 0
         self._shown_at = -math.inf
@@ -113,6 +113,16 @@ class Monitor:
     def warn(self, message: str) -> None:
         """To the console and log.txt, from whichever rank finds something odd."""
         self._write(f"warning (rank {self._rank}): {message}")
+
+    def go_back(self, step: int) -> None:
+        """Take out the figures of later steps: the run goes on from `step` once more."""
+        if self._metrics is not None:
+            self._metrics.close()
+            forget_after(self._out / METRICS, step)
+            self._metrics = (self._out / METRICS).open("a", encoding="utf-8", buffering=1)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = _writer(self._out / TENSORBOARD, step + 1)
 
     def close(self) -> None:
         """Write out what is still on its way."""

@@ -137,15 +137,20 @@ def _inputs(batch: Batch) -> dict[int, float]:
 def message(step: int, found: Sequence[Mapping[str, Any]]) -> str:
     """What the console says of a step that was skipped."""
     suspects = [each for micro_batch in found for each in micro_batch["suspects"]]
-    named = "; ".join(str(BrokenSampleError(**each)) for each in suspects[:NAMED])
+    listed = "; ".join(map(named, suspects[:NAMED]))
     more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
     broken = [each for each in found if None in each["losses"].values()]
     where = ", ".join(f"{each['micro_batch']} of rank {each['rank']}" for each in broken[:NAMED])
     if suspects:
-        why = f"suspected: {named}{more}"
+        why = f"suspected: {listed}{more}"
     else:
-        why = f"no sample stands out; losses are not finite in micro-batch {where}" if broken else "all losses are finite"
+        why = f"no sample stands out, but the losses of micro-batch {where}" if broken else "all losses are finite"
     return f"step {step} is skipped: its gradients are not finite; {why}; {FILE} has the details"
+
+
+def named(suspect: Mapping[str, str]) -> str:
+    """A suspect in words."""
+    return str(BrokenSampleError(**suspect))
 
 
 def write(out: Path, line: Mapping[str, Any]) -> None:
@@ -154,6 +159,16 @@ def write(out: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def left_out(out: Path, step: int) -> list[tuple[int, int]]:
+    """What the loader of the run in `out` left out when it made `step` (`Loader.left_out`); none without roll-back."""
+    try:
+        lines = [json.loads(line) for line in (out / FILE).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    told = [line["left_out"] for line in lines if "left_out" in line and line["step"] <= step]
+    return [(after, steps) for after, steps in told[-1]] if told else []
 
 
 def _number(value: Tensor) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from vlscale.data import bad as bad_data
 from vlscale.data.bad import BadSamples, Budget
 from vlscale.data.loader import Loader
 from vlscale.engine import Engine, StepReport
-from vlscale.errors import DataError, TrainingError, VlscaleError
+from vlscale.errors import CheckpointError, DataError, TrainingError, VlscaleError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
-from vlscale.monitor import Monitor
+from vlscale.monitor import Monitor, forget_after
 from vlscale.non_finite import Window
+from vlscale.spikes import Spikes
 from vlscale.throughput import StepClock
 from vlscale.types import Batch, Loss, Moment
 from vlscale.watchdog import Watchdog
@@ -57,18 +59,36 @@ class Record:
             self._peak = peak_flops(name, ds_config.precision(setting.ds))
         self._scales = {group["name"]: group["scale"] for group in optim.groups(model.named_parameters(), run.optim)}
         self._clock = StepClock(setting.device)
-        self._skipped = int(setting.begin.state["skipped_steps"]) if setting.begin else 0
-        self._evaluated = int(setting.begin.state["evaluated_step"]) if setting.begin else 0
+        begin = setting.begin.state if setting.begin else {}
+        self._go_on(begin)
+        self._rolled_back: int = begin.get("rolled_back", 0)
         self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
-        self._window = Window(run.non_finite, setting.begin.state.get("non_finite", ()) if setting.begin else ())
-        place = checkpoint.target(setting.out, run.checkpoint.to)
-        self.saver = Saver(place, run.checkpoint, self._saved, monitor.warn)
+        if distributed.rank() == 0:
+            forget_after(setting.out / non_finite.FILE, begin.get("step", 0))
+        self._target = checkpoint.target(setting.out, run.checkpoint.to)
+        self.saver = Saver(self._target, run.checkpoint, self._saved, monitor.warn)
         self.end: VlscaleError | None = None  # what ends the run, once it should
+        self.spike = False  # one began at this step, and the run should go back
+        self._back: int | None = None  # the step that it went back to
 
-    def timed(self, steps: Iterable[Served]) -> Iterator[Served]:
-        """The loader's steps, with the time spent waiting for them noted."""
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint's `state` holds of this; empty = from the start."""
+        self._skipped = int(state.get("skipped_steps", 0))
+        self._evaluated = int(state.get("evaluated_step", 0))
+        self._window = Window(self._run.non_finite, state.get("non_finite", ()))
+        self._spikes = Spikes(self._run.spikes, state.get("spikes"))
+
+    def timed(self, start: int, stop: int) -> Iterator[Served]:
+        """The loader's steps, after a `roll_back` those from there on, with the time spent waiting for them noted."""
         try:
-            yield from self._clock.waiting(steps)
+            while start < stop:
+                self._back = None
+                with closing(self._loader.steps(start, stop)) as steps:
+                    for served in self._clock.waiting(steps):
+                        yield served
+                        if self._back is not None:
+                            break
+                start = stop if self._back is None else self._back
         except DataError:
             if self._bad:
                 self._bad.add(self._loader.take_bad())  # of this rank; the others may be gone
@@ -114,7 +134,56 @@ class Record:
         self._monitor.scalars(step, values)
         odd = [name for name in values if name.partition("/")[0] == "loss" and not math.isfinite(values[name])]
         if odd and report.applied:
-            self._monitor.warn(f"step {step}: {', '.join(odd)} is not finite, but the gradients are; it was applied")
+            self._warn(f"step {step}: {', '.join(odd)} is not finite, but the gradients are; it was applied")
+        if sentence := self._spikes.judge(step, values["task"], values["loss"]):
+            self._warn(sentence)
+            self.spike = run.spikes.roll_back
+
+    def roll_back(self, step: int, machine: Engine) -> bool:
+        """Go on from the newest checkpoint before the spike at `step`, past the data that led to it, if there is one.
+
+        Raises:
+            TrainingError: `spikes.budget` is spent.
+            CheckpointError: later checkpoints cannot be removed.
+        """
+        self.spike = False
+        self._watchdog.at("going back", step)
+        self.saver.finish()
+        try:
+            found = checkpoint.newest(self._target, self._monitor.say, until=self._spikes.fine)
+        except CheckpointError:
+            found = None
+        if found is None:
+            self._warn("there is no good checkpoint from before the spike: the run goes on as it is")
+            return False
+        checkpoint.go_back(self._target, found.step)
+        if self._rolled_back >= self._run.spikes.budget:
+            raise TrainingError(
+                f"the loss spikes once more at step {step}, after spikes.budget={self._run.spikes.budget} roll-backs; "
+                f"lower optim.lr, or write a larger spikes.budget; the same command goes on from step {found.step}"
+            )
+        found.restore(machine)
+        first, end = self._loader.leave_out(found.step, step)
+        self._rolled_back += 1
+        self._go_on(found.state)
+        self._monitor.go_back(found.step)
+        if distributed.rank() == 0:
+            forget_after(self._setting.out / non_finite.FILE, found.step)
+            places = {"positions": [first, end], "left_out": self._loader.left_out}
+            line = {"step": found.step + 1, "spike": step, "rolled_back": self._rolled_back, **places}
+            non_finite.write(self._setting.out, line)
+        self._warn(
+            f"back at step {found.step}; the samples at positions {first} to {end - 1} are left out from now on "
+            f"(roll-back {self._rolled_back} of {self._run.spikes.budget})"
+        )
+        self._clock.skip()
+        self._back = found.step
+        return True
+
+    def _warn(self, message: str) -> None:
+        """Of what all ranks find."""
+        if distributed.rank() == 0:
+            self._monitor.warn(message)
 
     def _bad_step(self, step: int, batches: Sequence[Batch], losses: Sequence[Mapping[str, Loss]]) -> None:
         """Write down what a skipped step was made of; too many of them end the run."""
@@ -147,6 +216,8 @@ class Record:
             "loader": loader,
             "skipped_steps": self._skipped,
             "non_finite": self._window.state(),
+            "spikes": self._spikes.state(),
+            "rolled_back": self._rolled_back,
         }
         self.saver.start(step, machine.pieces(), state)
         if last:

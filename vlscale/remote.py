@@ -104,6 +104,14 @@ class Remote:
             for each in to_prune(self.steps(), step, keep, keep_every):
                 self._remove(each)
 
+    def go_back(self, step: int) -> None:
+        """See `Target.go_back`."""
+        with self._asking():
+            self._files.put(LATEST, f"{step_name(step)}\n".encode())
+        for each in self.steps():
+            if each > step:
+                self._remove(each)
+
     def room(self) -> str:
         """See `Target.room`."""
         return "the store does not tell how much is free"

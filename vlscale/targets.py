@@ -66,6 +66,10 @@ class Target(Protocol):
         """Keep the newest `keep` up to `step` and those of every `keep_every`th step (0 = none); later ones go."""
         ...
 
+    def go_back(self, step: int) -> None:
+        """Make that of `step` the newest: later ones go."""
+        ...
+
     def room(self) -> str:
         """What there is left, in words."""
         ...
@@ -133,6 +137,13 @@ class Folder:
         """See `Target.prune`."""
         for each in to_prune(self.steps(), step, keep, keep_every):
             with suppress(OSError):  # what cannot be removed harms nobody
+                self._remove(self.root / step_name(each))
+
+    def go_back(self, step: int) -> None:
+        """See `Target.go_back`."""
+        write_atomically(self.root / LATEST, step_name(step) + "\n")
+        for each in self.steps():
+            if each > step:
                 self._remove(self.root / step_name(each))
 
     def room(self) -> str:

@@ -65,9 +65,11 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     if start and evaluation_due(run, start) and not record.evaluated(start):
         record.evaluate(start)  # the stop had no time for it
 
-    for step, micro_batches in record.timed(loader.steps(start, run.steps)):
+    for step, micro_batches in record.timed(start, run.steps):
         watchdog.at("step", step)
         record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
+        if record.spike and record.roll_back(step, machine):
+            continue
 
         wishes, behind = vote.agreed(int(guard.requested), -record.saver.halves)
         record.saver.go_on(-behind)

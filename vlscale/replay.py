@@ -1,0 +1,186 @@
+"""`--replay RUN:STEP`: one step of a run made again from its newest checkpoint before, and looked into.
+
+Nothing is written into the run folder. Hooks on modules and parameters are set for that one step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlscale import build, config, distributed, ds_config, non_finite, train
+from vlscale.build import Request
+from vlscale.data.samples import printable
+from vlscale.errors import DONE, ConfigError
+from vlscale.run_folder import CONFIG
+from vlscale.targets import write_atomically
+from vlscale.types import Moment
+
+SHOWN = 20  # parameters that the table names
+Found = dict[str, Any]
+
+
+def show(where: str, file: str | None) -> int:
+    """Replay `where` (RUN:STEP), print what was found, write it to `file` as JSON; returns the exit code.
+
+    The same number of ranks gives the same numbers; on others only the samples are the same. Every rank runs this.
+
+    Raises:
+        ConfigError: there is no such run, or no such step in it.
+        CheckpointError: its checkpoints are all broken.
+    """
+    out, step = parse(where)
+    run = config.load(str(out / CONFIG))
+    if step > run.steps:
+        raise ConfigError(f"--replay {where}: the run has {run.steps} steps")
+    with tempfile.TemporaryDirectory() as folder:
+        given = ds_config.load(str(out / "ds_config.json"))
+        free = ds_config.COUNTS if run.data.tokens is not None else ds_config.COUNTS[2:]  # ranks may be others
+        ds = Path(folder) / "ds_config.json"
+        ds.write_text(json.dumps({key: value for key, value in given.items() if key not in free}))
+        found = _replay(Request(run, str(ds), out, until=step - 1), step)
+    if distributed.rank() == 0:
+        print("\n".join(table(out, found)))
+        if file is not None:
+            write_atomically(Path(file), json.dumps(found, indent=1, allow_nan=False) + "\n")
+    distributed.barrier()
+    return DONE
+
+
+def parse(where: str) -> tuple[Path, int]:
+    """RUN:STEP as (run folder, step). ConfigError if it is none."""
+    out, _, number = where.rpartition(":")
+    if not (out and number.isdecimal() and int(number) > 0):
+        raise ConfigError(f"--replay {where} should be a run folder and a step, such as runs/mine:1234")
+    if not (Path(out) / CONFIG).is_file():
+        raise ConfigError(f"--replay {where}: {out} is no run folder, for it has no {CONFIG}")
+    return Path(out), int(number)
+
+
+def _replay(request: Request, step: int) -> Found:
+    run = request.run
+    setting = build.setup(request)
+    model = build.build_model(run)
+    setting = build.within_budget(run, setting, model)
+    loader = build.build_loader(run, setting, model)
+    loader.left_out = non_finite.left_out(setting.out, step) or loader.left_out
+    machine = build.build_engine(run, setting, model)
+    start = setting.begin.step if setting.begin else 0
+    if setting.begin:
+        setting.begin.restore(machine)
+    if distributed.rank() == 0:
+        source = f"{setting.begin.folder.name}, the newest checkpoint before it" if setting.begin else "the first step"
+        print(f"replaying step {step} of {setting.out} from {source}: {step - start} step(s)", flush=True)
+    plans, noted = distributed.StepPlans(), Noted()
+    for number, micro_batches in loader.steps(start, step):
+        if number < step:
+            train.one_step(run, model, machine, plans, number, micro_batches)
+            continue
+        with noting(model, noted):
+            result = train.one_step(run, model, machine, plans, number, micro_batches)
+        moments = [Moment(step, run.seed, each, len(micro_batches)) for each in range(len(micro_batches))]
+        found = non_finite.findings(model, loader.shards_of, result.batches, moments, result.losses)
+        everyone: list[Any] = distributed.gather_objects((noted.modules, noted.gradients))
+        for each in found:
+            each["module"] = everyone[each["rank"]][0].get(each["micro_batch"])
+        norm = result.report.grad_norm
+        return {
+            "step": step,
+            "task": result.batches[0].task,
+            "from_step": start,
+            "ranks": distributed.world_size(),
+            "applied": result.report.applied,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "parameters": sum(parameter.requires_grad for parameter in model.parameters()),
+            "micro_batches": found,
+            "gradients": _together([gradients for _, gradients in everyone]),
+        }
+    raise AssertionError("the loader serves every step")
+
+
+@dataclass
+class Noted:
+    """What the hooks see in one step, on this rank."""
+
+    number: int = 0  # the micro-batch that is being made
+    modules: dict[int, str] = field(default_factory=dict)  # by micro-batch: the first whose output is not finite
+    gradients: dict[str, tuple[int, int]] = field(default_factory=dict)  # by parameter: not finite, of how many
+
+
+@contextmanager
+def noting(model: nn.Module, noted: Noted) -> Iterator[None]:
+    """Inside, `noted` hears of every module's output and every parameter's gradient, one backward at a time."""
+    handles = [model.register_forward_pre_hook(lambda _, given: setattr(noted, "number", given[1].number))]
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(_on_output(name, noted)))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            handles.append(parameter.register_hook(_on_gradient(name, noted)))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_output(name: str, noted: Noted) -> Any:
+    def note(module: nn.Module, given: Any, made: Any) -> None:
+        if noted.number not in noted.modules and not _finite(made):
+            fed = "" if _finite(given) else ", and what it was given is not"
+            noted.modules[noted.number] = f"{name} ({type(module).__name__}){fed}"
+
+    return note
+
+
+def _on_gradient(name: str, noted: Noted) -> Any:
+    def note(gradient: Tensor) -> None:
+        wrong = int((~gradient.isfinite()).sum())
+        if wrong:
+            before, _ = noted.gradients.get(name, (0, 0))
+            noted.gradients[name] = max(before, wrong), gradient.numel()
+
+    return note
+
+
+def _finite(value: Any) -> bool:
+    """Whether all floating tensors in nested tuples, lists and dicts are."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, tuple | list) else True
+
+
+def _together(ranks: list[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Of each parameter the most that a rank found."""
+    return {name: max(each.get(name, (0, 0)) for each in ranks) for name in dict.fromkeys(n for r in ranks for n in r)}
+
+
+def table(out: Path, found: Found) -> list[str]:
+    """What was found, in lines for people."""
+    norm = "not finite" if found["grad_norm"] is None else f"{found['grad_norm']:.4g}"
+    result = "applied" if found["applied"] else "skipped"
+    lines = [f"step {found['step']} of {out}, task '{found['task']}': {result}, norm of the gradients {norm}"]
+    for each in found["micro_batches"]:
+        shown = {name: "not finite" if loss is None else f"{loss:.4g}" for name, loss in each["losses"].items()}
+        losses = ", ".join(f"{name} {loss}" for name, loss in shown.items())
+        lines += [
+            f"\nmicro-batch {each['micro_batch']} of rank {each['rank']}: {losses}",
+            f"  samples: {' '.join(map(printable, each['keys']))}",
+            f"  first output that is not finite: {each['module'] or 'none'}",
+        ]
+        lines += [f"  suspected: {non_finite.named(suspect)}" for suspect in each["suspects"]]
+    wrong = found["gradients"]
+    lines.append(f"\nparameters whose gradients are not finite: {len(wrong)} of {found['parameters']}")
+    lines += [f"  {name}  {count} of {size} numbers" for name, (count, size) in list(wrong.items())[:SHOWN]]
+    if len(wrong) > SHOWN:
+        lines.append(f"  and {len(wrong) - SHOWN} more")
+    return lines
