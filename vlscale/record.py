@@ -25,7 +25,7 @@ from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor, forget_after
 from vlscale.non_finite import Window
 from vlscale.spikes import Spikes
-from vlscale.throughput import StepClock
+from vlscale.throughput import StepClock, Stragglers
 from vlscale.types import Batch, Loss, Moment
 from vlscale.watchdog import Watchdog
 
@@ -58,7 +58,8 @@ class Record:
             name = torch.cuda.get_device_name(setting.device)
             self._peak = peak_flops(name, ds_config.precision(setting.ds))
         self._scales = {group["name"]: group["scale"] for group in optim.groups(model.named_parameters(), run.optim)}
-        self._clock = StepClock(setting.device)
+        self._clock = StepClock(setting.device, lambda: watchdog.collectives.seconds)
+        self._stragglers = Stragglers()
         begin = setting.begin.state if setting.begin else {}
         self._go_on(begin)
         self._rolled_back: int = begin.get("rolled_back", 0)
@@ -135,6 +136,8 @@ class Record:
         odd = [name for name in values if name.partition("/")[0] == "loss" and not math.isfinite(values[name])]
         if odd and report.applied:
             self._warn(f"step {step}: {', '.join(odd)} is not finite, but the gradients are; it was applied")
+        if ranks > 1 and (slow := self._stragglers.judge(values)):
+            self._warn(slow)
         if sentence := self._spikes.judge(step, values["task"], values["loss"]):
             self._warn(sentence)
             self.spike = run.spikes.roll_back

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -15,13 +16,23 @@ from vlscale import distributed
 from vlscale.types import Batch
 
 T = TypeVar("T")
+NOTABLE = 0.05  # seconds; nobody minds who is late in a shorter step
+SLOW, IN_A_ROW = 1.5, 5  # times the median, logged steps: a rank that is worth a warning
 
 
 class StepClock:
-    """Wall time, waiting for data, and what was done meanwhile, since the last `read`."""
+    """Wall time, waiting for data, and what was done meanwhile, since the last `read`.
 
-    def __init__(self, device: torch.device) -> None:
+    `inside` tells the seconds that this rank has spent inside collectives so far. The rest of a step is its own: the
+    rank with the most keeps the others waiting. On a GPU, where a collective is only queued, that is the time of its
+    processor and its data.
+    """
+
+    def __init__(self, device: torch.device, inside: Callable[[], float] = float) -> None:
         self._device = device
+        self._inside = inside
+        self._inside_before = inside()
+        self._shared = 0.0  # seconds inside collectives
         self._last = time.perf_counter()
         self._seconds = 0.0
         self._waited = 0.0
@@ -47,6 +58,8 @@ class StepClock:
     def step(self, batches: Sequence[Batch]) -> None:
         """Note one optimizer step and the micro-batches that this rank gave to it."""
         self._seconds += self._lap()
+        self._shared += self._inside() - self._inside_before
+        self._inside_before = self._inside()
         self._steps += 1
         self._samples += sum(map(len, batches))
         masks = [mask for batch in batches for mask in batch.masks()]
@@ -59,6 +72,7 @@ class StepClock:
         """Leave out the time since the last step: it went into a checkpoint or an evaluation."""
         self._synchronize()
         self._lap()
+        self._inside_before = self._inside()
 
     def read(self, *, ranks: int, flops: float, peak: float | None) -> dict[str, float | int | None]:
         """The means since the last `read`, over all ranks; every rank calls this at the same step.
@@ -70,6 +84,7 @@ class StepClock:
         """
         self._synchronize()
         self._seconds += self._lap()
+        slowest = straggler((self._seconds - self._shared) / self._steps, self._device) if ranks > 1 else {}
         sums = self._sums()
         seconds = sums["seconds"] / sums["steps"]  # of one step
         done = ranks * flops / seconds
@@ -84,6 +99,7 @@ class StepClock:
             "model_tflops_per_second": done / 1e12,
             "mfu": done / (ranks * peak) if peak else None,
             **memory(self._device),
+            **slowest,
         }
         self._restart()
         return values
@@ -116,9 +132,39 @@ class StepClock:
             torch.cuda.synchronize(self._device)
 
     def _restart(self) -> None:
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._shared = 0.0
+        self._inside_before = self._inside()
         self._steps = self._samples = self._places = self._tokens = self._filled = 0
         self._lost = []
+
+
+def straggler(seconds: float, device: torch.device) -> dict[str, float | int | None]:
+    """The rank that took the longest for its own part of a step, and its time over the median; all give `seconds`."""
+    (gathered,) = distributed.gather([torch.tensor([seconds], dtype=torch.float64, device=device)])  # [W]
+    everyone = gathered.tolist()
+    median = max(statistics.median_low(everyone), 1e-9)
+    rank = max(range(len(everyone)), key=everyone.__getitem__)
+    return {"straggler/rank": rank, "straggler/max_over_median": everyone[rank] / median}
+
+
+class Stragglers:
+    """Notices a rank that keeps the others waiting line after line."""
+
+    def __init__(self) -> None:
+        self._rank, self._lines = -1, 0
+
+    def judge(self, values: Mapping[str, Any]) -> str:
+        """What to say of a logged line; mostly nothing."""
+        over, rank = values["straggler/max_over_median"], values["straggler/rank"]
+        slow = over > SLOW and values["seconds_per_step"] > NOTABLE
+        self._lines = slow * (1 + self._lines * (rank == self._rank))
+        self._rank = rank
+        if self._lines != IN_A_ROW:
+            return ""
+        return (
+            f"rank {rank} keeps the others waiting: in {IN_A_ROW} logged steps in a row its own part took more than "
+            f"{SLOW} times the median of all ranks, now {over:.1f} times; look at its machine and its data"
+        )
 
 
 def _filled(masks: Sequence[Tensor]) -> int | Tensor:
