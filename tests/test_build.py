@@ -198,6 +198,7 @@ def test_a_family_of_regions_needs_shards_with_regions() -> None:
     tree = config.dump(config.load("quickstart", SMALL))
     tree |= {"family": {"name": "uniter"}, "objectives": {"mlm": {"soften": 0.0}}}
     tree["data"] |= {"train": [str(path) for path in scenes.ensure().train]}
+    tree["optim"]["scale"] = {}
     tree.pop("recipe")
     request = build.Request(config.from_tree("mine", tree), "ds_configs/zero2.json", None)
     with pytest.raises(DataError, match=r"has no 'regions.npz' but png, json; `launchers/shards.py regions` adds one"):

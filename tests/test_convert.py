@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from launchers.convert import main as command
 from tests.models import albef_batch, albef_model, batch_for
-from tests.reference.compare import Folder
+from tests.reference.compare import Folder as Reference
 from tests.runs import launch, run_whole
 from tests.shard_files import reference_folder
-from vlscale import checkpoint, config, convert, weights
+from vlscale import config, convert, weights
+from vlscale.background import Saver
 from vlscale.data.text import read_tokenizer
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import albef, clip, lxmert
@@ -29,6 +30,8 @@ from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.objectives import answer, itm, masked_object, mlm, sigmoid
 from vlscale.optim import OptimConfig
+from vlscale.options import CheckpointConfig
+from vlscale.targets import Folder
 from vlscale.types import Text, Visual
 
 SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors store and we do not)
@@ -46,11 +49,11 @@ SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors st
 }
 
 
-def reference(system: str) -> Folder:
-    return Folder.open(reference_folder(system))
+def reference(system: str) -> Reference:
+    return Reference.open(reference_folder(system))
 
 
-def expected_sizes(system: str, folder: Folder) -> Any:
+def expected_sizes(system: str, folder: Reference) -> Any:
     """The family's Config by the folder's config.json."""
     sizes = importlib.import_module(f"tests.reference.{SYSTEMS[system][0]}").family_config
     extra = {"soho": (folder,), "cvlp": (folder.config, 4)}  # box numbers of a region stand in its batch
@@ -271,7 +274,8 @@ def saved(out: Path, seed: int = 0) -> tuple[Path, PretrainModel]:
     """A run folder with one checkpoint of plain PyTorch."""
     model = albef_model(seed=seed)
     engine = LocalEngine(model, OptimConfig(), torch.device("cpu"))
-    checkpoint.save(out, engine, {"step": 1, "world_size": 1}, keep=1)
+    saver = Saver(Folder(out / "checkpoints"), CheckpointConfig(background=False))
+    saver.start(1, engine.pieces(), {"step": 1, "precision": "fp32", "engine": engine.scalars()})
     return out, model
 
 
