@@ -199,7 +199,7 @@ class Watchdog:
         text = (
             f"{json.dumps(asdict(report))}\n\n{report.describe()}; no sign of life for {report.quiet:g} s\n\n"
             f"collectives of {self._world} ranks, the newest last ({report.begun} in all):\n{collectives}\n\n"
-            f"loader: {'; '.join(report.workers) or 'nothing known'}\n\nthreads, the newest call first:\n"
+            f"loader: {'; '.join(report.workers) or 'nothing known'}\n\nthreads, of which the main one is {self._main:#018x}:\n"
         )
         file.write(text.encode())
         file.flush()
@@ -246,7 +246,7 @@ def verdict(reports: Sequence[Report], world: int, folder: Path | None) -> str:
         said.append(f"{ranks} {', '.join(map(str, silent))} of {world} left no word (stopped, dead or cut off)")
     if len(behind) < len(reports):
         most = max(report.begun for report in reports)
-        said.append(f"{_few(behind)}, with {least[0]} collectives begun where others have {most}")
+        said.append(f"behind is {_few(behind)}, with {least[0]} collectives begun where others have {most}")
     if not said:
         said.append(f"none of {world} rank(s) is behind the others; {_few(behind)}")
     stacks = f"; every thread's stack is in {folder}" if folder is not None else ""
