@@ -12,7 +12,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from vlscale.pieces import Piece, Writable
 from vlscale.targets import Listed, Target
 
 ALIGN = 64  # bytes
+POLL = 1.0  # seconds between two looks at a save that the run waits for
 PATIENCE = 3.0  # seconds for a thread to notice that it is given up
 
 
@@ -64,9 +65,14 @@ class Saver:
         options: CheckpointConfig,
         tell: Callable[[Saved], None] = lambda saved: None,
         warn: Callable[[str], None] = lambda message: None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tell` hears of each save when it is over, `warn` of those that failed; both on rank 0 only."""
-        self._target, self._options, self._tell, self._warn = target, options, tell, warn
+        """`tell` hears of each save when it is over, `warn` of those that failed; both on rank 0 only.
+
+        `beat` is called while the run waits for a save that makes headway.
+        """
+        self._target, self._options, self._tell, self._warn, self._beat = target, options, tell, warn, beat
+        self._written = 0  # bytes of the file under way
         self._rank = distributed.rank()
         self._memory = HostMemory()
         self._given_up = threading.Event()
@@ -120,8 +126,8 @@ class Saver:
         """
         began = time.perf_counter()
         while self._save is not None:
+            self._wait(self._save.job)
             if last and self._save.written:
-                self._save.job.exception()  # waits
                 self._save.stall += time.perf_counter() - began
             self._next(last)
 
@@ -151,6 +157,19 @@ class Saver:
             run()
         return job
 
+    def _wait(self, job: Future[Any]) -> None:
+        """Until it is done; `_next` then hears of its errors."""
+        seen = -1
+        while not wait([job], POLL).done:
+            if self._written != seen:
+                seen = self._written
+                self._beat()
+
+    def _headway(self, count: int) -> None:
+        self._written += count
+        if self._given_up.is_set():
+            raise InterruptedError("given up")
+
     def _next(self, last: bool = False) -> None:
         """All ranks: this half is over, or is waited for."""
         save = self._save
@@ -173,7 +192,7 @@ class Saver:
             if self._rank == 0:
                 self._target.clear(step)
             with self._target.create(step, pieces.file_of(self._rank)) as file:
-                return pieces.write(_UntilGivenUp(file, self._given_up), held)
+                return pieces.write(_Watched(file, self._headway), held)
         except OSError as error:
             return f"rank {self._rank}: {error}"
 
@@ -215,15 +234,14 @@ class Saver:
             self._warn(f"{what}; {stays}; the run goes on ({left})")
 
 
-class _UntilGivenUp:
-    """A file that takes no more once the save is given up."""
+class _Watched:
+    """A file whose writer tells how many bytes it is about to take."""
 
-    def __init__(self, file: Writable, given_up: threading.Event) -> None:
-        self._file, self._given_up = file, given_up
+    def __init__(self, file: Writable, tell: Callable[[int], None]) -> None:
+        self._file, self._tell = file, tell
 
     def write(self, data: memoryview, /) -> Any:
-        if self._given_up.is_set():
-            raise InterruptedError("given up")
+        self._tell(len(data))
         return self._file.write(data)
 
 

@@ -26,8 +26,12 @@ def checkpoint_bytes(model: PretrainModel, optim_config: OptimConfig) -> int:
     return 4 * sum(each.numel() for each in model.parameters()) + moments + buffers
 
 
-def still_needed(size: int, options: CheckpointConfig, steps: int, folder: Path) -> int:
-    """Bytes that a run's checkpoints will take beyond those that `folder` holds, the one being written included."""
+def at_most(size: int, options: CheckpointConfig, steps: int) -> int:
+    """Bytes that a run's checkpoints of `size` take, the one being written included."""
     kept = options.keep + (steps // options.keep_every if options.keep_every else 0)
-    number = min(kept, -(-steps // options.every)) + 1
-    return max(0, number * size - sum(path.stat().st_size for path in folder.glob("step_*/*")))
+    return (min(kept, -(-steps // options.every)) + 1) * size
+
+
+def still_needed(size: int, options: CheckpointConfig, steps: int, folder: Path) -> int:
+    """Bytes that they will take beyond those that `folder` holds."""
+    return max(0, at_most(size, options, steps) - sum(path.stat().st_size for path in folder.glob("step_*/*")))

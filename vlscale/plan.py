@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vlscale import build, distributed, ds_config, optimizers
 from vlscale.build import Request
+from vlscale.disk import at_most, checkpoint_bytes
 from vlscale.errors import DONE
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
@@ -45,6 +46,10 @@ def show(request: Request) -> int:
         for name, size in memory.items():
             print(f"  {name:32} {size / 2**20:>12.1f} MiB")
         print(f"  {'together':32} {sum(memory.values()) / 2**20:>12.1f} MiB")
+        size = checkpoint_bytes(model, run.optim)
+        print("\ncheckpoints")
+        print(f"  {'one':32} {size / 2**20:>12.1f} MiB")
+        print(f"  {'on disk at most':32} {at_most(size, run.checkpoint, run.steps) / 2**20:>12.1f} MiB")
         samples = len(setting.train)
         print("\nwork")
         print(f"  {'samples per step':32} {run.data.batch:>12,}")
