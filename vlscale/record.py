@@ -67,7 +67,7 @@ class Record:
         if distributed.rank() == 0:
             forget_after(setting.out / non_finite.FILE, begin.get("step", 0))
         self._target = checkpoint.target(setting.out, run.checkpoint.to)
-        self.saver = Saver(self._target, run.checkpoint, self._saved, monitor.warn)
+        self.saver = Saver(self._target, run.checkpoint, self._saved, monitor.warn, watchdog.beat)
         self.end: VlscaleError | None = None  # what ends the run, once it should
         self.spike = False  # one began at this step, and the run should go back
         self._back: int | None = None  # the step that it went back to
@@ -207,6 +207,7 @@ class Record:
             TrainingError: the ranks' key queues have come to differ, or too many saves have failed.
             CheckpointError: the last has failed.
         """
+        self._watchdog.at("checkpoint", step)
         agreement.same_settings("what the ranks keep", self._model.queue_digests())
         loader = {**self._loader.state(), "bad_samples": self._bad_samples(step)}
         state = {
