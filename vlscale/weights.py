@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vlscale import pieces
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families.base import Rename, Renames
 from vlscale.model import PretrainModel
 
 NAMES = (  # what a weights folder holds, best first
     "model.safetensors",
-    "weights.safetensors",  # of our checkpoints
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
@@ -58,12 +58,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: a .safetensors, .bin, .pt, .pth or .ckpt file (a checkpoint's `model` or `state_dict` part is
             taken, and DDP's `module.` before every name is left out), or a folder with such a file or a
-            Hugging Face index.
+            Hugging Face index; or a checkpoint of ours, whose weights are then the fp32 masters.
 
     Raises:
         CheckpointError: it is missing, unreadable, not a dict of tensors, or would need code to run.
     """
     path = Path(path)
+    if path.is_dir() and next(path.glob(pieces.FILES), None):
+        return pieces.weights(pieces.Reader(path))
     file = _in_folder(path) if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"no weights at {file}; give a {', '.join(SUFFIXES)} file or a folder with one")
@@ -99,7 +101,7 @@ def _in_folder(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     raise CheckpointError(
-        f"{folder} holds {len(files)} weights files, none called {NAMES[0]} or {NAMES[3]}; name the file"
+        f"{folder} holds {len(files)} weights files, none called {NAMES[0]} or {NAMES[2]}; name the file"
     )
 
 
@@ -153,7 +155,7 @@ def publish(tensors: Mapping[str, Tensor], renames: Renames) -> Published:
 
     Of several of ours that came from one published tensor (a twin, a second head) the first is written.
     """
-    pieces: dict[str, dict[int, Tensor]] = {}
+    gathered: dict[str, dict[int, Tensor]] = {}
     sources: dict[str, str] = {}
     nameless = []
     rows = [
@@ -167,17 +169,17 @@ def publish(tensors: Mapping[str, Tensor], renames: Renames) -> Published:
         fresh = {
             name: place
             for name, place in places.items()
-            if name not in pieces or (place.row.joined and sources[name].split(".")[0] == network)
+            if name not in gathered or (place.row.joined and sources[name].split(".")[0] == network)
         }
         if not fresh:
             nameless.append(ours)
         for name, (row, number, _) in fresh.items():
             part = tensor.chunk(row.part[1])[row.part[0]]
-            pieces.setdefault(name, {})[number] = part if row.back is None else row.back(part)
+            gathered.setdefault(name, {})[number] = part if row.back is None else row.back(part)
             sources.setdefault(name, ours)
     found = {
         name: torch.cat([each for _, each in sorted(own.items())]) if len(own) > 1 else next(iter(own.values()))
-        for name, own in pieces.items()
+        for name, own in gathered.items()
     }
     return Published({name: each.contiguous() for name, each in found.items()}, tuple(nameless))
 

@@ -1,0 +1,222 @@
+"""A run goes on from what another number of ranks wrote at another ZeRO stage: every tensor equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.distributed import toy_twin
+from tests.distributed.spawn import run_ranks
+from tests.distributed.toy_twin import Agree, Options, Toy
+from vlscale import distributed, ds_config, pieces
+from vlscale.engine import DeepSpeedEngine, Engine
+from vlscale.local_engine import LocalEngine
+from vlscale.model import PretrainModel
+from vlscale.nn.queue import QueueOptions
+from vlscale.optim import OptimConfig
+from vlscale.pieces import RANKS, RING, Reader
+from vlscale.types import Batch, Keys, Moment
+
+TOY = Options()
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OPTIM = OptimConfig(weight_decay=0.1, eps=1e-4, clip=1.0)
+LAMB = OptimConfig("lamb", weight_decay=0.1, clip=1.0)
+slow = pytest.mark.slow
+
+
+class Remembers(Agree):
+    """Two queues, one of them in parts on the ranks, and figures that each rank has of its own."""
+
+    seen: Tensor  # [] fp32
+    steps: Tensor  # [2] int64
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.width = width
+        self.register_buffer("seen", torch.rand(()))
+        self.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
+
+    def queues(self) -> dict[str, tuple[QueueOptions, int]]:
+        sharded = QueueOptions(20, "empty", "sharded")
+        return {"sharded": (sharded, self.width), "replicated": (QueueOptions(12, "random"), self.width)}
+
+    def keys(self, enc: Any, batch: Batch, shared: tuple[Tensor, ...] = ()) -> dict[str, Keys]:
+        keys = F.normalize(enc.momentum.visual("clean").hidden.detach().float(), dim=1)
+        return {"sharded": Keys(keys, batch.pair_id, False), "replicated": Keys(keys, None, False)}
+
+
+def model_of(frozen: bool = False) -> PretrainModel:
+    torch.manual_seed(distributed.world_size())  # what is not handed over differs
+    return PretrainModel(Toy(replace(TOY, frozen=frozen)), {"agree": Remembers(TOY.width)})
+
+
+def engine_of(stage: str, precision: str, optim: OptimConfig = OPTIM, frozen: bool = False) -> DeepSpeedEngine:
+    config = toy_twin.configuration(stage, precision)
+    if ds_config.stage(config) == 3:  # matrices are cut, biases are kept whole on every rank
+        zero = {**config["zero_optimization"], "stage3_param_persistence_threshold": 4 * TOY.width}
+        config["zero_optimization"] = zero
+    return DeepSpeedEngine(model_of(frozen), config, optim, distributed.init())
+
+
+def train(engine: Engine, steps: range) -> list[float]:
+    """Losses of this rank."""
+    losses = []
+    for step in steps:
+        batch = toy_twin.batch_of(TOY, step, distributed.rank(), distributed.world_size())
+        made = engine.forward(batch, Moment(step))
+        loss = engine.model.total(made.losses, {})
+        losses.append(float(loss.detach()))
+        engine.backward(loss, last=True)
+        assert engine.step(1e-2).applied
+        engine.model.commit([made.keys], step, "step")
+        engine.after_step(0.9)
+        agree: Any = engine.model.objectives["agree"]
+        agree.seen.add_(distributed.rank() + 0.1)
+        agree.steps.add_(distributed.rank() + 1)
+    return losses
+
+
+def write(engine: Engine, folder: Path) -> dict[str, Any]:
+    """All ranks' pieces; the scalars."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / pieces.file_of(distributed.rank())).open("wb") as file:
+        pieces.write(file, engine.pieces())
+    distributed.barrier()
+    return engine.scalars()
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, queues in the order of their ring."""
+    reader = Reader(folder)
+    out = {name: reader.whole(name) for name in reader.names()}
+    return {name: each.transpose(0, 1).flatten(0, 1) if name.startswith(RING) else each for name, each in out.items()}
+
+
+def equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        other = found[name]
+        if name.startswith(RANKS) and len(other) != len(tensor):
+            tensor = pieces.over_ranks(tensor).expand_as(other)
+        assert other.dtype == tensor.dtype, name
+        assert torch.equal(other, tensor), name
+
+
+def weights_are_rounded_masters(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> None:
+    """On this rank, each whole parameter."""
+    wanted = pieces.weights(Reader(folder), dtype)
+    own = dict(engine.model.named_parameters())
+    for name, found in engine.weights():
+        assert name not in own or (found.dtype == dtype and torch.equal(found, wanted[name])), name
+
+
+def begin(root: Path, precision: str) -> None:
+    """Each stage trains two steps and writes what it has."""
+    for stage in STAGES:
+        engine = engine_of(stage, precision)
+        train(engine, range(1, 3))
+        write(engine, root / f"{stage}_{distributed.world_size()}")
+
+
+def go_on(root: Path, precision: str) -> None:
+    """Each stage goes on from everything that was written, and writes it again."""
+    for stage in STAGES:
+        engine = engine_of(stage, precision)
+        for folder in sorted(root.glob("zero?_?")):
+            engine.restore(Reader(folder), {})
+            again = root / f"{folder.name}_to_{stage}_{distributed.world_size()}"
+            write(engine, again)
+            weights_are_rounded_masters(engine, folder, DTYPES[precision])
+
+
+def check_matrix(root: Path, first: str, second: str, worlds: tuple[int, ...]) -> None:
+    for world in worlds:
+        run_ranks(begin, world, root, first, timeout=300)
+    for world in worlds:
+        run_ranks(go_on, world, root, second, timeout=300)
+    origins = {folder.name: whole(folder) for folder in root.glob("zero?_?")}
+    handed = list(root.glob("*_to_*"))
+    assert len(handed) == (len(STAGES) * len(worlds)) ** 2
+    for folder in handed:
+        equal(whole(folder), origins[folder.name.split("_to_")[0]])
+
+
+def test_every_stage_and_number_of_ranks_goes_on_from_every_other(tmp_path: Path) -> None:
+    check_matrix(tmp_path, "bf16", "bf16", (1, 2))
+
+
+@slow
+@pytest.mark.parametrize(("first", "second"), [("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")])
+def test_precisions_too(first: str, second: str, tmp_path: Path) -> None:
+    check_matrix(tmp_path, first, second, (2,))
+
+
+def leg(root: Path, stage: str, name: str, before: str | None, optim: OptimConfig) -> list[float]:
+    """Go on from one folder, write it again, train three steps and write the next; the losses."""
+    engine = engine_of(stage, "bf16", optim)
+    done = 0
+    if before:
+        engine.restore(Reader(root / before), {})
+        write(engine, root / f"{before}_again")
+        done = int(engine.model.get_buffer("queues.replicated.entered").max())
+    losses = train(engine, range(done + 1, done + 4))
+    write(engine, root / name)
+    return losses
+
+
+@slow
+@pytest.mark.parametrize("optim", [OPTIM, LAMB], ids=["adamw", "lamb"])
+def test_four_ranks_then_two_then_one_then_four(optim: OptimConfig, tmp_path: Path) -> None:
+    legs = (("zero3", 4, "a", None), ("zero1", 2, "b", "a"), ("zero0", 1, "c", "b"), ("zero3", 4, "d", "c"))
+    losses = [run_ranks(leg, world, tmp_path, stage, name, before, optim) for stage, world, name, before in legs]
+    through = run_ranks(straight, 1, optim, 12)[0]
+    joined = [sum(ranks) / len(ranks) for each in losses for ranks in zip(*each, strict=True)]
+    for before, _, _ in ("abc", "bcd", "cd-"):
+        equal(whole(tmp_path / f"{before}_again"), whole(tmp_path / before))
+    assert joined == pytest.approx(through, rel=2e-2)  # as if nothing had happened, but for roundings
+
+
+def straight(optim: OptimConfig, steps: int) -> list[float]:
+    """Losses of a run that is never stopped."""
+    return train(engine_of("zero0", "bf16", optim), range(1, steps + 1))
+
+
+def resumed(root: Path, stage: str, precision: str, optim: OptimConfig, frozen: bool) -> None:
+    """Six steps; and three, a new engine and three more."""
+    first = engine_of(stage, precision, optim, frozen)
+    train(first, range(1, 4))
+    scalars = write(first, root / "half")
+    losses = train(first, range(4, 7))
+    write(first, root / "through")
+    second = engine_of(stage, precision, optim, frozen)
+    second.restore(Reader(root / "half"), scalars)
+    assert second.deepspeed.global_steps == 3
+    assert train(second, range(4, 7)) == losses
+    assert write(second, root / "again") == first.scalars()
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "optim", "frozen"),
+    [
+        ("zero3", "bf16", LAMB, False),
+        ("zero1", "bf16", OPTIM, True),
+        *(pytest.param(stage, "bf16", OPTIM, False, marks=slow) for stage in STAGES),
+        pytest.param("zero2_offload", "bf16", OPTIM, False, marks=slow),
+        pytest.param("zero3_offload", "bf16", LAMB, False, marks=slow),
+        pytest.param("zero3", "fp32", OPTIM, True, marks=slow),
+        pytest.param("zero2", "fp32", LAMB, False, marks=slow),
+    ],
+)
+def test_a_new_engine_goes_on_as_if_nothing_had_happened(
+    stage: str, precision: str, optim: OptimConfig, frozen: bool, tmp_path: Path
+) -> None:
+    run_ranks(resumed, 2, tmp_path, stage, precision, optim, frozen)
+    equal(whole(tmp_path / "again"), whole(tmp_path / "through"))
