@@ -199,7 +199,8 @@ class Watchdog:
         text = (
             f"{json.dumps(asdict(report))}\n\n{report.describe()}; no sign of life for {report.quiet:g} s\n\n"
             f"collectives of {self._world} ranks, the newest last ({report.begun} in all):\n{collectives}\n\n"
-            f"loader: {'; '.join(report.workers) or 'nothing known'}\n\nthreads, of which the main one is {self._main:#018x}:\n"
+            f"loader: {'; '.join(report.workers) or 'nothing known'}\n\n"
+            f"threads, of which {self._main:#018x} is the main one:\n"
         )
         file.write(text.encode())
         file.flush()
