@@ -94,6 +94,7 @@ class Watchdog:
         self._phase = "start"
         self._beats = 0
         self._closed = threading.Event()
+        self._ending = False
         shortest = min((each for each in (limits.start, limits.step) if each), default=0.0)
         self._pause = min(2.0, max(0.05, shortest / LOOKS))
         if shortest:
@@ -119,6 +120,8 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         """Stop watching and counting."""
         self._closed.set()
+        if self._ending:  # what broke off here is a consequence: another rank has ended already
+            time.sleep(2 * GRACE)
         self._unrecord()
         faulthandler.cancel_dump_traceback_later()
 
@@ -146,11 +149,12 @@ class Watchdog:
 
     def _end(self, quiet: float) -> None:
         """Report, wait for the other ranks' reports, say who is behind, and end this process."""
+        self._ending = True
+        if self._closed.is_set():
+            return
         report = self._report(quiet)
         self._write(report)
         reports = self._others(report)
-        if self._closed.is_set():
-            return
         if min(reports) == self._rank:
             self._say(verdict(list(reports.values()), self._world, self._folder))
         else:
