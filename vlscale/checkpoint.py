@@ -54,6 +54,10 @@ class Checkpoint:
             CheckpointError: it is of another model, or some of it is missing.
         """
         machine.restore(pieces.Reader(self.folder), self.state["engine"])
+        self.release()
+
+    def release(self) -> None:
+        """What was fetched is removed: nothing more will be read. All ranks take part."""
         distributed.barrier()
         if self.fetched is not None:
             self.fetched.cleanup()

@@ -1,0 +1,190 @@
+"""Checkpoints in a store: whole or not to be seen, fetched once per node, and gone on with from anywhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from tests.distributed.spawn import run_ranks
+from tests.store_servers import Store, serving
+from tests.test_background import pieces, save
+from vlscale import checkpoint, distributed, remote
+from vlscale.background import Saver
+from vlscale.errors import CheckpointError, ConfigError
+from vlscale.options import CheckpointConfig
+from vlscale.pieces import Reader
+from vlscale.remote import Remote
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new place in each kind of store."""
+    name = uuid.uuid4().hex
+    if request.param == "s3":
+        request.getfixturevalue("bucket")
+    return {"memory": f"memory://{name}/run", "file": f"file://{tmp_path}/run", "s3": f"s3://runs/{name}/run"}[
+        request.param
+    ]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An S3 server with a bucket `runs`; the environment names it."""
+    import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-a-test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with serving(DomainDispatcherApplication(create_backend_app)) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="runs")
+        client.close()
+        yield store
+
+
+def names(url: str) -> list[str]:
+    return sorted(Remote(url)._files.find(""))
+
+
+def saver_of(url: str, **options: Any) -> Saver:
+    return Saver(Remote(url), CheckpointConfig(background=False, **options))
+
+
+def newest(url: str) -> tuple[int, float, list[str]]:
+    """Its step, the value of all its elements, and the warnings; nothing that was fetched stays."""
+    warnings: list[str] = []
+    found = checkpoint.newest(Remote(url), warnings.append)
+    if found is None:
+        return 0, 0.0, warnings
+    (value,) = set(Reader(found.folder).whole("master/weight").tolist())
+    found.release()
+    assert not checkpoint.run_folder(found).exists()
+    return found.step, value, warnings
+
+
+def test_what_is_saved_is_found(url: str) -> None:
+    assert newest(url) == (0, 0.0, [])
+    saver = saver_of(url, keep=2)
+    for step in (10, 20, 30):
+        save(saver, step)
+    assert newest(url) == (30, 30.0, [])
+    assert checkpoint.last_step(Remote(url)) == 30
+    files = [f"step_{step:08d}/{name}" for step in (20, 30) for name in ("manifest.json", "rank", "state.json")]
+    assert names(url) == ["latest", *(name.replace("rank", "rank_00000.safetensors") for name in files)]
+
+
+def test_a_harmed_one_leads_to_the_one_before(url: str) -> None:
+    saver = saver_of(url)
+    for step in (10, 20):
+        save(saver, step)
+    Remote(url)._files.put("step_00000020/rank_00000.safetensors", b"something else")
+    step, value, warnings = newest(url)
+    assert (step, value) == (10, 10.0)
+    assert "rank_00000.safetensors is missing or not" in warnings[0]
+    Remote(url)._files.put("step_00000010/manifest.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoint\(s\), and none is usable"):
+        newest(url)
+
+
+def test_without_its_manifest_it_does_not_count(url: str) -> None:
+    saver = saver_of(url)
+    save(saver, 10)
+    files = Remote(url)._files
+    with files.create("step_00000020/rank_00000.safetensors") as file:
+        file.write(memoryview(b"of a save that was killed"))
+    assert newest(url) == (10, 10.0, [])
+    save(saver, 30)  # takes it away
+    assert not [name for name in names(url) if name.startswith("step_00000020")]
+
+
+def test_a_step_that_is_saved_again_never_mixes(url: str) -> None:
+    """The mark goes before the first file changes."""
+    save(saver_of(url), 10)
+    place = Remote(url)
+
+    def broken_off() -> None:
+        with place.create(10, "rank_00000.safetensors") as file:
+            file.write(memoryview(b"half"))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        broken_off()
+    assert place.steps() == []
+    save(saver_of(url), 10)
+    assert newest(url) == (10, 10.0, [])
+
+
+def test_large_files_travel_in_parts(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PART", 5 * 2**20)  # the least that S3 takes
+    place = Remote("s3://runs/large")
+    content = os.urandom(12 * 2**20)
+    with place._files.create("it") as file:
+        for start in range(0, len(content), 2**20):
+            file.write(memoryview(content)[start : start + 2**20])
+    assert len([asked for asked in bucket.asked if asked.startswith("PUT") and asked.endswith("/it")]) == 3
+    body = place._files._client.get_object(Bucket="runs", Key="large/it")["Body"]  # type: ignore[attr-defined]
+    assert body.read() == content
+
+
+def test_a_store_that_says_no(bucket: Store) -> None:
+    warnings: list[str] = []
+    saver = Saver(Remote("s3://elsewhere/run"), CheckpointConfig(), warn=warnings.append)
+    save(saver, 10)
+    saver.finish()
+    assert "could not be written to s3://elsewhere/run (rank 0: s3://elsewhere/run: NoSuchBucket" in warnings[0]
+    with pytest.raises(CheckpointError, match="s3://elsewhere/run cannot be looked into"):
+        checkpoint.newest(Remote("s3://elsewhere/run"))
+
+
+def test_what_no_store_is() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint.to '/a/folder' is no URL; write one such as s3://bucket/run"):
+        Remote("/a/folder")
+    with pytest.raises(ConfigError, match=r"begins with no kind of store we know"):
+        Remote("nosuch://a/b")
+
+
+def ranks_save(url: str) -> tuple[int, list[str], bool]:
+    """Both ranks save, and both find it; each has a part of the files to fetch."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    saver = saver_of(url)
+    saver.start(10, pieces(10, rank, ranks), {"step": 10})
+    found = checkpoint.newest(Remote(url))
+    assert found is not None
+    whole = set(Reader(found.folder).whole("master/weight").tolist())
+    files = sorted(path.name for path in found.folder.iterdir())
+    found.release()
+    distributed.barrier()
+    return len(whole), files, found.folder.exists()
+
+
+def test_ranks_share_what_a_node_fetches(tmp_path: Path) -> None:
+    files = ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
+    assert run_ranks(ranks_save, 2, f"file://{tmp_path}/run") == [(1, files, False)] * 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_bucket(bucket: Store, tmp_path: Path) -> None:
+    """Stopped, gone on with, and taken up elsewhere by its URL alone; the numbers are those of a run in one go."""
+    steps, url = ("steps=8", "checkpoint.every=3"), "s3://runs/mine"
+    runs.run_whole(1, tmp_path / "whole", *steps)
+    stored = (*steps, f"checkpoint.to={url}")
+    code, said = runs.stop_at(1, tmp_path / "cut", 4, signal.SIGTERM, *stored)
+    assert code == 75, said
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+    assert {"config.yaml", "tokenizer.json", "latest"} <= set(names(url))
+    runs.run_whole(1, tmp_path / "cut", *stored)
+    assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
+    assert "nothing left to do" in runs.run_whole(1, tmp_path / "cut", *stored)
+    said = runs.run_whole(1, tmp_path / "moved", "--resume", url, "steps=10", "checkpoint.every=3")
+    assert "going on after step 8" in said
+    measured = runs.launch("evaluate", "--checkpoint", url)
+    assert measured.returncode == 0, measured.stderr
