@@ -1,0 +1,254 @@
+"""A hang ends: real ranks that sleep, stop or die, and what is left of them to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import spawn
+from vlscale import distributed, run_folder
+from vlscale import watchdog as watchdog_module
+from vlscale.collectives import Collectives
+from vlscale.errors import TrainingError
+from vlscale.options import WatchdogConfig
+from vlscale.watchdog import Report, Watchdog, patience, verdict
+
+LIMIT, GRACE = 1.0, 2.0  # seconds
+HUNG = TrainingError.exit_code
+
+
+def train(folder: Path, harms: dict[int, str], workers: Sequence[str] = ()) -> None:
+    """Five steps of one collective each, with the watchdog of a run; a rank comes to harm in the third."""
+    rank = distributed.rank()
+    watchdog_module.GRACE = GRACE
+    sys.stderr = open(folder / f"rank_{rank}.err", "w", buffering=1)  # noqa: SIM115 (the process's own)
+    with Watchdog(WatchdogConfig(start=LIMIT, step=LIMIT), folder) as watchdog:
+        watchdog.listen(folder)
+        watchdog.workers = lambda: list(workers)
+        for step in range(1, 6):
+            watchdog.at("step", step)
+            if step == 3 and rank in harms:
+                come_to_harm(harms[rank], watchdog)
+            distributed.sum_(torch.ones(4))
+            watchdog.at("data", step + 1)
+    (folder / f"rank_{rank}.done").touch()
+
+
+def come_to_harm(how: str, watchdog: Watchdog) -> None:
+    if how == "sleeps":
+        time.sleep(600)
+    elif how == "waits for data":
+        watchdog.at("data", 3)
+        time.sleep(600)
+    elif how == "evaluates":  # longer than the limit, a batch at a time
+        for _ in range(10):
+            time.sleep(LIMIT / 4)
+            watchdog.beat()
+    elif how == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Ended:
+    """Ranks that were waited for: their exit codes (None = still there) and what they said."""
+
+    def __init__(self, folder: Path, harms: dict[int, str], workers: Sequence[str] = ()) -> None:
+        self.folder = folder
+        processes, pipes = spawn._start(train, 2, (folder, harms, workers), cuda=False)
+        try:
+            self.seconds, self.codes = self.join(processes, harms)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+    def join(self, processes: list[Any], harms: dict[int, str]) -> tuple[float, list[int | None]]:
+        """Seconds between the first and the last end of those that can end."""
+        ends = []
+        for rank in sorted(range(2), key=lambda rank: harms.get(rank, "") == "stops"):
+            processes[rank].join(0 if harms.get(rank) == "stops" else 60)
+            ends.append(time.monotonic())
+        return ends[-1] - ends[0], [process.exitcode for process in processes]
+
+    def report(self, rank: int) -> tuple[Report, str]:
+        text = (self.folder / "hangs" / f"rank_{rank:05d}.txt").read_text()
+        return Report(**json.loads(text.splitlines()[0])), text
+
+    def verdict(self) -> str:
+        return (self.folder / "hangs" / "verdict.txt").read_text()
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"rank_{rank}.err").read_text()
+
+
+@pytest.mark.parametrize("sleeper", [0, 1])
+def test_a_rank_that_sleeps_for_ever_ends_the_run(tmp_path: Path, sleeper: int) -> None:
+    (tmp_path / "log.txt").write_text("step 2\n")
+    ended = Ended(tmp_path, {sleeper: "sleeps"})
+    assert ended.codes == [HUNG, HUNG]
+    assert ended.seconds < GRACE
+    for rank in (0, 1):
+        report, text = ended.report(rank)
+        assert (report.rank, report.step, report.phase) == (rank, 3, "step")
+        assert LIMIT * 0.9 <= report.quiet < LIMIT + GRACE
+        assert bool(report.waiting) == (rank != sleeper)
+        assert "come_to_harm" in text if rank == sleeper else "all_reduce" in text  # every thread's stack
+        assert "all_reduce (4,) torch.float32" in text  # the last collectives
+    assert f"behind is rank {sleeper} (" in ended.verdict()
+    assert ended.verdict() in ended.said(0)
+    assert ended.said(1) == ""  # one rank speaks
+    assert (tmp_path / "log.txt").read_text() == f"step 2\n{ended.verdict()}"
+
+
+def test_a_rank_that_says_nothing_is_named(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, {0: "stops"})
+    assert ended.codes == [None, HUNG]
+    assert "rank 0 of 2 left no word" in ended.verdict()
+    assert ended.verdict() in ended.said(1)
+
+
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, {0: "dies", 1: "sleeps"})  # where nobody notices it by a broken connection
+    assert ended.codes[0] == -signal.SIGKILL
+    assert "rank 0 of 2 left no word" in ended.verdict()
+
+
+def test_a_worker_that_hangs_is_named_with_its_sample(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, {1: "waits for data"}, ["loader worker 0 at sample 17 of a.tar"])
+    assert ended.codes == [HUNG, HUNG]
+    assert "behind is rank 1 (" in ended.verdict()
+    assert "at step 3, data" in ended.verdict()
+    assert "loader worker 0 at sample 17 of a.tar" in ended.verdict()
+
+
+def test_a_long_evaluation_is_no_hang(tmp_path: Path) -> None:
+    ended = Ended(tmp_path, {0: "evaluates", 1: "evaluates"})
+    assert ended.codes == [0, 0]
+    assert not (tmp_path / "hangs").exists()
+
+
+@pytest.fixture
+def quick() -> Iterator[Watchdog]:
+    """Of a process that does nothing; its end is noted instead of coming."""
+    with Watchdog(WatchdogConfig(start=0.4, step=0.2), None) as watchdog:
+        yield watchdog
+
+
+def ends_after(watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch, most: float = 5) -> float:
+    began, ends = time.monotonic(), []
+    monkeypatch.setattr(watchdog, "_end", lambda quiet: (ends.append(time.monotonic()), watchdog._closed.set()))
+    while not ends and time.monotonic() - began < most:
+        time.sleep(0.01)
+    return ends[0] - began if ends else most
+
+
+def test_the_first_step_may_take_longer(quick: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.at("step", 7)
+    assert ends_after(quick, monkeypatch) > 0.35
+
+
+def test_the_others_may_not(quick: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.at("step", 7)
+    quick.at("data", 8)
+    assert ends_after(quick, monkeypatch) < 0.35
+
+
+def test_a_suspended_process_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looked in the meantime, and time in which nobody looks does not count."""
+    hours = iter(range(0, 10**9, 3600))
+    with monkeypatch.context() as patched:
+        patched.setattr("vlscale.watchdog.time.monotonic", lambda: float(next(hours)))
+        with Watchdog(WatchdogConfig(start=2, step=2), None) as watchdog:
+            ended: list[float] = []
+            patched.setattr(watchdog, "_end", ended.append)
+            time.sleep(0.5)
+    assert ended == []
+
+
+def test_0_seconds_is_never() -> None:
+    with Watchdog(WatchdogConfig(start=0, step=0), None):
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_process_group_is_more_patient() -> None:
+    for limits in (WatchdogConfig(), WatchdogConfig(start=1, step=7200), WatchdogConfig(start=0, step=0)):
+        assert patience(limits).total_seconds() > max(limits.start, limits.step) + 2 * watchdog_module.GRACE
+
+
+def test_a_hang_at_the_start_does_not_spoil_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "hangs").mkdir()
+    (tmp_path / "hangs" / "rank_00000.txt").write_text("the first")
+    run_folder.check(tmp_path, {}, "auto")
+    for number in (1, 2):
+        run_folder.write(tmp_path, {}, {}, ["host"])
+        assert not (tmp_path / "hangs").exists()
+        assert (tmp_path / f"hangs_{number}").is_dir()
+        (tmp_path / "hangs").mkdir()
+    assert (tmp_path / "hangs_1" / "rank_00000.txt").read_text() == "the first"
+
+
+def report(rank: int, begun: int, waiting: str = "", phase: str = "step") -> Report:
+    return Report(rank, "node", 100 + rank, phase, 9, 60.0, begun, waiting, "vlscale/train.py:1 (f)", ("a worker",))
+
+
+@pytest.mark.parametrize(
+    ("reports", "world", "expected"),
+    [
+        ([report(0, 8, "all_reduce"), report(1, 7)], 2, "behind is rank 1 (node, process 101) at step 9, step"),
+        ([report(0, 8), report(1, 8, "all_reduce")], 2, "behind is rank 0 ("),
+        ([report(0, 8, phase="data"), report(1, 8, phase="data")], 2, "none of 2 rank(s) is behind the others; rank 0"),
+        ([report(1, 8, "barrier")], 3, "ranks 0, 2 of 3 left no word"),
+        ([report(rank, 7) for rank in range(6)] + [report(6, 8)], 7, "and 2 more, with 7 collectives begun where"),
+    ],
+)
+def test_the_verdict(reports: list[Report], world: int, expected: str) -> None:
+    sentence = verdict(reports, world, Path("OUT/hangs"))
+    assert expected in sentence
+    assert sentence.startswith("no sign of life for 60 s, so this run ends: ")
+    assert sentence.endswith("; every thread's stack is in OUT/hangs")
+    assert ("a worker" in sentence) == any(each.phase == "data" for each in reports)
+
+
+def test_collectives_are_noted() -> None:
+    noted = Collectives()
+
+    def all_reduce(tensor: torch.Tensor, wait: float = 0) -> str:
+        assert noted.waiting() == "all_reduce"
+        time.sleep(wait)
+        if wait > 0.05:
+            raise RuntimeError("a lost connection")
+        return "done"
+
+    call = noted.recorded("all_reduce", all_reduce)
+    assert call(torch.zeros(2, 3)) == "done"
+    with pytest.raises(RuntimeError):
+        call(torch.zeros(4), wait=0.1)
+    assert [(each.number, each.what) for each in noted.last()] == [
+        (1, ((2, 3), torch.float32)),
+        (2, ((4,), torch.float32)),
+    ]
+    assert noted.waiting() == ""
+    assert noted.begun == 2
+    assert 0.1 <= noted.seconds < 0.5
+
+
+def test_torch_is_left_as_it_was() -> None:
+    import torch.distributed as dist
+
+    before = dist.all_reduce, dist.all_gather_object
+    with Watchdog(WatchdogConfig(start=0, step=0), None):
+        assert dist.all_reduce is not before[0]
+    assert (dist.all_reduce, dist.all_gather_object) == before
