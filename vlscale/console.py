@@ -110,8 +110,9 @@ def _is_consequence(error: BaseException) -> bool:
 
 def _let_others_speak(error: Exception) -> None:
     """The launcher takes the first rank's end for the reason; it ends us too, or nobody else failed."""
-    rank, said = os.environ.get("RANK", "0"), str(error).splitlines()[0]
-    print(f"rank {rank} ends too, for it lost the connection to another rank ({said})", file=sys.stderr, flush=True)
+    rank, found = os.environ.get("RANK", "0"), LOST.search(str(error))
+    said = f"rank {rank} ends too: it lost another rank ({found and found.group()})"
+    print(said, file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(CONSEQUENCE)
 
