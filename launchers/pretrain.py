@@ -4,6 +4,7 @@
     deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json
     deepspeed launchers/pretrain.py --ds_config ds_configs/zero3.json --recipe albef_4m \\
         data.train='/data/coco-*.tar' data.val='/data/coco-val-*.tar' text.vocab=/models/bert-base-uncased
+    deepspeed launchers/pretrain.py --replay runs/mine:1234
 
 Also started by `python`, `torchrun` or `srun python`.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launchers also run from a bare checkout
 
 from vlscale import console
+from vlscale.errors import ConfigError
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -32,12 +34,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="auto: go on where --out stopped; never: refuse a folder that holds a run; or a checkpoint to start from",
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, do not train")
+    parser.add_argument("--replay", metavar="RUN:STEP", help="make one step of a run again and say what broke it")
+    parser.add_argument("--json", metavar="FILE", help="with --replay: what was found, for programs")
     return console.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
     """Run it; returns the exit code."""
     arguments = parse(argv)
+    if arguments.replay is not None:
+        console.no_overrides(arguments)
+        from vlscale import replay
+
+        return replay.show(arguments.replay, arguments.json)
+    if arguments.json is not None:
+        raise ConfigError("--json goes with --replay; a run's figures are in its metrics.jsonl")
     from vlscale import config
 
     run = config.load(arguments.recipe, arguments.overrides)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
+from tests import small_runs
+from tests.distributed.spawn import run_ranks
+from tests.runs import metrics
 from tests.shard_files import make_tokenizer, write_samples
 from tests.test_loader import BATCH, make_loader
-from vlscale import config
+from vlscale import build, config, train
 from vlscale.data.loader import Loader
 from vlscale.data.shards import Shards
-from vlscale.errors import ConfigError
+from vlscale.errors import ConfigError, VlscaleError
 from vlscale.options import SpikeConfig
+from vlscale.pieces import Reader
 from vlscale.spikes import FEWEST, Spikes
 
 
@@ -80,7 +87,7 @@ def test_it_goes_on_from_its_state() -> None:
 def test_wrong_options_are_named() -> None:
     with pytest.raises(ConfigError, match=r"spikes.factor should be above 0 \(got 0.0\)"):
         config.load("quickstart", ["spikes.factor=0"])
-    with pytest.raises(ConfigError, match="spikes.window"):
+    with pytest.raises(ConfigError, match=r"spikes\.window"):
         config.load("quickstart", ["spikes.window=0"])
 
 
@@ -112,3 +119,85 @@ def test_steps_after_a_roll_back_train_on_what_follows(tmp_path: Path) -> None:
     assert keys(loader, 0, 3) == [whole[0], *whole[10:12]]
     assert loader.left_out == [(1, 9)]
     assert other.left_out == [(2, 2), (4, 1)]
+
+
+# --- a run that goes back ----------------------------------------------------------------------------------
+
+STEPS, SPIKE = 20, 14  # the step before which the data go wrong
+
+
+class KilledError(Exception):
+    """In place of a kill."""
+
+
+def trained(recipe: str, out: str, left_out: list[tuple[int, int]], killed_at: int = 0) -> str:
+    """A whole run, whose loader leaves something out from the start, or which dies before a step; how it ended."""
+    make, one_step = build.build_loader, train.one_step
+
+    def loader_of(*given: Any) -> Loader:
+        loader = make(*given)
+        loader.left_out = loader.left_out or list(left_out)
+        return loader
+
+    def step_or_die(*given: Any) -> Any:
+        if given[4] == killed_at:
+            raise KilledError
+        return one_step(*given)
+
+    with mock.patch.object(build, "build_loader", loader_of), mock.patch.object(train, "one_step", step_or_die):
+        try:
+            code = train.train(build.Request(config.load(recipe), "ds_configs/zero2.json", Path(out)))
+        except (KilledError, VlscaleError) as error:
+            return f"{type(error).__name__}: {error}"
+    return str(code)
+
+
+def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The tensors of the last checkpoint by name; the loss and samples of each step."""
+    reader = Reader(out / "checkpoints" / f"step_{STEPS:08d}")
+    lines = [(line["step"], line["loss"], line["sample_keys"]) for line in metrics(out) if "loss" in line]
+    return {name: reader.whole(name) for name in reader.names()}, lines
+
+
+@pytest.mark.parametrize("world", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_back_before_a_spike_and_past_its_data(tmp_path: Path, world: int) -> None:
+    wrong = {small_runs.samples_of(SPIKE)[1]: 1e4}
+    data = small_runs.write_data(tmp_path / "data", wrong)
+    options = [f"steps={STEPS}", "spikes.window=8", "spikes.factor=30"]
+    goes_back = small_runs.write_recipe(tmp_path / "back.yaml", [*data, *options, "spikes.roll_back=true"])
+    says_so = small_runs.write_recipe(tmp_path / "says.yaml", [*data, *options])
+    back, cut, left, warned = (tmp_path / name for name in ("back", "cut", "left", "warned"))
+    assert run_ranks(trained, world, goes_back, str(back), []) == ["0"] * world
+    assert run_ranks(trained, world, goes_back, str(cut), [], 18) == ["KilledError: "] * world
+    assert run_ranks(trained, world, goes_back, str(cut), []) == ["0"] * world
+    assert run_ranks(trained, world, says_so, str(left), [(12, 2)]) == ["0"] * world
+    tensors, lines = ended(left)  # whose loader has left the data out from the start
+    assert [step for step, *_ in lines] == list(range(1, STEPS + 1))
+    for out in (back, cut):
+        found, told = ended(out)
+        assert told == lines
+        assert found.keys() == tensors.keys()
+        assert [name for name in found if not torch.equal(found[name], tensors[name])] == []
+        (line,) = map(json.loads, (out / "bad_steps.jsonl").read_text().splitlines())
+        assert line == {"step": 13, "spike": SPIKE, "rolled_back": 1, "positions": [48, 56], "left_out": [[12, 2]]}
+    said = (back / "log.txt").read_text()
+    assert f"spikes at step {SPIKE}: " in said
+    assert "back at step 12; the samples at positions 48 to 55 are left out from now on (roll-back 1 of 3)" in said
+    assert run_ranks(trained, world, says_so, str(warned), []) == ["0"] * world
+    assert f"spikes at step {SPIKE}: " in (warned / "log.txt").read_text()
+    assert not (warned / "bad_steps.jsonl").exists()
+
+
+def test_a_spike_too_many_ends_the_run_at_its_last_good_checkpoint(tmp_path: Path) -> None:
+    wrong = dict.fromkeys([small_runs.samples_of(step)[0] for step in (SPIKE, SPIKE + 1, SPIKE + 3)], 1e4)
+    data = small_runs.write_data(tmp_path / "data", wrong)
+    options = [f"steps={STEPS}", "spikes.window=8", "spikes.factor=30", "spikes.roll_back=true", "spikes.budget=1"]
+    recipe = small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, *options])
+    (said,) = run_ranks(trained, 1, recipe, str(tmp_path / "out"), [])
+    assert said == (
+        "TrainingError: the loss spikes once more at step 13, after spikes.budget=1 roll-backs; lower optim.lr, or "
+        "write a larger spikes.budget; the same command goes on from step 12"
+    )
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == "step_00000012\n"
+    small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, *options[:-1]])
+    assert run_ranks(trained, 1, recipe, str(tmp_path / "out"), []) == ["0"]
