@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,9 +67,10 @@ def newest(url: str) -> tuple[int, float, list[str]]:
     if found is None:
         return 0, 0.0, warnings
     (value,) = set(Reader(found.folder).whole("master/weight").tolist())
-    found.release()
-    assert not checkpoint.run_folder(found).exists()
-    return found.step, value, warnings
+    step, folder = found.step, checkpoint.run_folder(found)
+    del found
+    assert not folder.exists()
+    return step, value, warnings
 
 
 def test_what_is_saved_is_found(url: str) -> None:
@@ -145,6 +147,13 @@ def test_a_store_that_says_no(bucket: Store) -> None:
         checkpoint.newest(Remote("s3://elsewhere/run"))
 
 
+def test_a_run_folder_tells_where_they_are(tmp_path: Path) -> None:
+    save(saver_of(f"file://{tmp_path}/there"), 10)
+    (tmp_path / "config.yaml").write_text(f"checkpoint: {{to: 'file://{tmp_path}/there'}}\n")
+    assert checkpoint.find(str(tmp_path)).step == 10
+    assert checkpoint.find(f"file://{tmp_path}/there").step == 10
+
+
 def test_what_no_store_is() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint.to '/a/folder' is no URL; write one such as s3://bucket/run"):
         Remote("/a/folder")
@@ -174,6 +183,7 @@ def test_ranks_share_what_a_node_fetches(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_bucket(bucket: Store, tmp_path: Path) -> None:
     """Stopped, gone on with, and taken up elsewhere by its URL alone; the numbers are those of a run in one go."""
+    before = list(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*"))
     steps, url = ("steps=8", "checkpoint.every=3"), "s3://runs/mine"
     runs.run_whole(1, tmp_path / "whole", *steps)
     stored = (*steps, f"checkpoint.to={url}")
@@ -186,5 +196,6 @@ def test_a_run_goes_on_from_a_bucket(bucket: Store, tmp_path: Path) -> None:
     assert "nothing left to do" in runs.run_whole(1, tmp_path / "cut", *stored)
     said = runs.run_whole(1, tmp_path / "moved", "--resume", url, "steps=10", "checkpoint.every=3")
     assert "going on after step 8" in said
-    measured = runs.launch("evaluate", "--checkpoint", url)
+    measured = runs.launch("evaluate", "--checkpoint", str(tmp_path / "cut"))
     assert measured.returncode == 0, measured.stderr
+    assert list(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*")) == before

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import socket
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import yaml
 from torch import Tensor
 
 from vlscale import agreement, distributed, pieces
@@ -34,13 +37,21 @@ THREADS = 4  # files that a rank hashes at a time
 T = TypeVar("T")
 
 
+class Fetched:
+    """A folder for what comes out of a store; it lasts as long as this."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="vlscale-checkpoint-")
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on this machine."""
 
     folder: Path
     state: dict[str, Any]
-    fetched: tempfile.TemporaryDirectory[str] | None = None  # what holds it, where it came from a store
+    fetched: Fetched | None = None  # what holds it, where it came from a store
 
     @property
     def step(self) -> int:
@@ -60,7 +71,7 @@ class Checkpoint:
         """What was fetched is removed: nothing more will be read. All ranks take part."""
         distributed.barrier()
         if self.fetched is not None:
-            self.fetched.cleanup()
+            self.fetched.remove()
 
 
 def target(out: Path, to: str | None) -> Target:
@@ -157,6 +168,8 @@ def find(path: str, warn: Callable[[str], None] = lambda message: None) -> Check
         raise ConfigError(f"'{path}' is no folder; give a run folder or one of its checkpoints/step_*")
     elif (folder / FOLDER).is_dir():
         found = newest(Folder(folder / FOLDER), warn)
+    elif to := _elsewhere(folder):
+        found = newest(Remote(to), warn)
     else:
         return open_checkpoint(folder)
     if found is None:
@@ -181,6 +194,15 @@ def weights(found: Checkpoint, exact: bool = False) -> dict[str, Tensor]:
 def run_folder(checkpoint: Checkpoint) -> Path:
     """The run that a checkpoint belongs to."""
     return checkpoint.folder.parent.parent
+
+
+def _elsewhere(folder: Path) -> str | None:
+    """`checkpoint.to` of a run folder; None where it has none, or is none."""
+    try:
+        to = yaml.safe_load((folder / "config.yaml").read_text())["checkpoint"]["to"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return str(to) if to else None
 
 
 def _looks_whole(folder: Path) -> bool:
@@ -209,23 +231,17 @@ def _fetch(place: Remote, step: int) -> Checkpoint:
     hosts = distributed.gather_objects(socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[distributed.rank()]]
     index = here.index(distributed.rank())
-    holds = tempfile.TemporaryDirectory(prefix="vlscale-checkpoint-") if index == 0 else None
-    names = distributed.gather_objects(holds and holds.name)
-    run = Path(str(names[here[0]]))
+    fetched = Fetched() if index == 0 else None
+    paths = distributed.gather_objects(fetched and fetched.path)
+    run = Path(str(paths[here[0]]))
     folder = run / FOLDER / step_name(step)
     manifest = [(f"{step_name(step)}/{MANIFEST}", folder / MANIFEST)]
-    try:
-        _together(lambda: _get(place, [] if index else manifest))
-        listed = list(_together(lambda: _listed(folder)))
-        mine = [(f"{step_name(step)}/{name}", folder / name) for name in listed[index :: len(here)]]
-        of_run = [(name, run / name) for name in ([] if index else place.kept())]
-        _together(lambda: _get(place, [*mine, *of_run]))
-        found = _checked(folder, index, len(here))
-    except CheckpointError:
-        if holds is not None:
-            holds.cleanup()
-        raise
-    return Checkpoint(folder, found.state, holds)
+    _together(lambda: _get(place, [] if index else manifest))
+    listed = list(_together(lambda: _listed(folder)))
+    mine = [(f"{step_name(step)}/{name}", folder / name) for name in listed[index :: len(here)]]
+    of_run = [(name, run / name) for name in ([] if index else place.kept())]
+    _together(lambda: _get(place, [*mine, *of_run]))
+    return replace(_checked(folder, index, len(here)), fetched=fetched)
 
 
 def _get(place: Remote, wanted: list[tuple[str, Path]]) -> None:

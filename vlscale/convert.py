@@ -48,6 +48,7 @@ class Own:
 
     tensors: dict[str, Tensor]
     folder: Path  # where config.yaml and perhaps tokenizer.json lie
+    found: checkpoint.Checkpoint | None = None  # whose they are; keeps what was fetched
 
 
 def from_published(system: str, file: str, out: str, recipe: str | None, overrides: Sequence[str]) -> list[str]:
@@ -172,7 +173,7 @@ def merge(source: str, out: str, dtype: str | None = None) -> list[str]:
 
 def _own(source: str) -> Own:
     """Weights under our names: a file, a converted folder, a checkpoint or a run."""
-    path = Path(source)
+    path, found = Path(source), None
     if path.is_file() or (path / MODEL).is_file():
         folder = path if path.is_dir() else path.parent
         tensors = weights.read(path)
@@ -183,7 +184,7 @@ def _own(source: str) -> Own:
         raise CheckpointError(
             f"{source} holds no tensors under our names; `--from SYSTEM` turns the authors' into ours"
         )
-    return Own(tensors, folder)
+    return Own(tensors, folder, found)
 
 
 def _new(path: Path) -> Path:
