@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.distributed.spawn import run_ranks
 from tests.models import albef_model, batch_for
 from vlscale import config, distributed, ds_config
 from vlscale.config import RunConfig
 from vlscale.engine import DeepSpeedEngine
+from vlscale.errors import TrainingError
 from vlscale.families import albef, soho
 from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
+from vlscale.nn import moving
+from vlscale.non_finite import Window, message, suspicions
 from vlscale.objectives import itm, mlm, mvm
+from vlscale.options import NonFiniteConfig
 from vlscale.train import one_step
-from vlscale.types import Batch
+from vlscale.types import Batch, Moment, Visual
 
 FILES = Path(__file__).parent.parent / "ds_configs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -141,3 +147,108 @@ def test_a_skipped_step_changes_nothing_at_any_stage(kind: str, world: int) -> N
 @pytest.mark.parametrize("kind", MODELS)
 def test_nor_in_plain_pytorch(kind: str) -> None:
     check_skip("local", "fp32", kind)
+
+
+# --- who may have done it ----------------------------------------------------------------------------------
+
+
+def with_a_nan_from(model: PretrainModel, row: int) -> None:
+    """Every linear map of the visual tower gives a NaN for one picture: no input is to blame."""
+
+    def spoil(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+        spoilt = made.clone()
+        spoilt[row] = torch.nan
+        return spoilt
+
+    convolution = next(part for part in model.family.modules() if isinstance(part, nn.Conv2d))
+    convolution.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_sample_is_found_by_its_own_encoding(kind: str) -> None:
+    model, shape = MODELS[kind]()
+    batch = batch_for(shape.inputs, shape.vocab, 4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert suspicions(model, batch, Moment(1)) == {}
+    with_a_nan_from(model, row=2)
+    reason = "the encoder makes of its visual.clean what is not finite"
+    assert suspicions(model, batch, Moment(1)) == {2: reason}
+    assert model.training
+    moving.move(model.family)  # nothing was noted
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_what_a_sample_is_fed_comes_first() -> None:
+    model, shape = with_twin_and_queues()
+    (batch,) = micro_batches(shape, 1, poisoned=True)[1:]
+    assert suspicions(model, batch, Moment(1)) == {1: "what it is fed holds nan"}
+    pixels = batch.visual["clean"].feats.nan_to_num(nan=1e6)
+    huge = replace(batch, visual={"clean": Visual(pixels)})
+    assert suspicions(model, huge, Moment(1)) == {1: "what it is fed holds 1e+06"}
+
+
+def test_a_message_names_a_few() -> None:
+    suspect = {"key": "s\x1b1", "shard": "part.tar", "reason": "what it is fed holds nan"}
+    found = [{"rank": 1, "micro_batch": 3, "losses": {"mlm": None}, "suspects": [suspect] * 6}]
+    assert message(7, found) == (
+        "step 7 is skipped: its gradients are not finite; suspected: "
+        + "; ".join([r"sample 's\x1b1' of shard part.tar: what it is fed holds nan"] * 4)
+        + " and 2 more; bad_steps.jsonl has the details"
+    )
+    found[0]["suspects"] = []
+    assert "no sample stands out, but the losses of micro-batch 3 of rank 1;" in message(7, found)
+    found[0]["losses"] = {"mlm": 1.0}
+    assert "all losses are finite;" in message(7, found)
+
+
+# --- how many a run stands ---------------------------------------------------------------------------------
+
+
+def test_a_window_of_bad_steps() -> None:
+    window = Window(NonFiniteConfig(budget=3, window=10))
+    spent = []
+    for step in (1, 5, 11, 14, 15, 30, 31):
+        window.add(step)
+        spent.append(window.spent())
+        window = Window(NonFiniteConfig(budget=3, window=10), json.loads(json.dumps(window.state())))
+    assert spent == [False, False, False, True, True, False, False]
+    assert Window(NonFiniteConfig(budget=1)).spent() is False
+    sentence = window.refusal(Path("runs/a/bad_steps.jsonl"))
+    assert sentence.startswith("2 of the last 10 steps had gradients that are not finite")
+    assert "the last was step 31; runs/a/bad_steps.jsonl names" in sentence
+
+
+# --- fp16, whose loss scale answers ------------------------------------------------------------------------
+
+
+class Scaled:
+    """As much of an engine with dynamic loss scaling as `step` asks for; there is no fp16 on a CPU."""
+
+    def __init__(self, scale: float, dynamic: bool = True, least: float = 1.0) -> None:
+        self.optimizer = self
+        self.param_groups: list[Any] = []
+        self.skipped_steps = 0
+        self.cur_scale = scale
+        self.loss_scaler = SimpleNamespace(dynamic=dynamic, cur_scale=scale, min_scale=least)
+
+    def step(self) -> None:
+        if self.loss_scaler.dynamic and self.cur_scale == self.loss_scaler.min_scale:
+            raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+        self.skipped_steps += 1
+
+
+@pytest.mark.parametrize(("scale", "dynamic", "answered"), [(2.0**16, True, True), (128.0, False, False)])
+def test_an_overflow_that_the_loss_scale_answers_is_no_bad_step(scale: float, dynamic: bool, answered: bool) -> None:
+    report = fp16_engine(Scaled(scale, dynamic)).step(0.1)
+    assert (report.applied, report.answered, report.loss_scale) == (False, answered, scale)
+
+
+def test_an_overflow_at_the_smallest_scale_ends_the_run() -> None:
+    with pytest.raises(TrainingError, match=r"overflow fp16 even at the smallest loss scale \(1\)"):
+        fp16_engine(Scaled(1.0)).step(0.1)
+
+
+def fp16_engine(inner: Scaled) -> DeepSpeedEngine:
+    engine = object.__new__(DeepSpeedEngine)
+    vars(engine).update(_ds=inner, _optimizer=inner, stage=2, _fp16=True, _offload=False, dtype=torch.float16)
+    return engine

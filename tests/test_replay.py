@@ -11,7 +11,7 @@ import pytest
 
 from tests import small_runs
 from tests.distributed.spawn import run_ranks
-from tests.runs import metrics
+from tests.runs import launch, metrics
 from vlscale import build, config, replay, train
 from vlscale.errors import VlscaleError
 
