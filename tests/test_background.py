@@ -336,7 +336,7 @@ def ranks_save(root: Path, faulty: int) -> dict[str, Any]:
         for _ in range(1000):
             (behind,) = vote.agreed(-saver.halves)
             saver.go_on(-behind)
-            if saver._save is None:
+            if not saver.busy:
                 break
             time.sleep(0.002 * (1 + rank))
         over.append(saver.halves)

@@ -86,6 +86,11 @@ class Saver:
         """How many this rank has behind it; `go_on` wants the least of all ranks'."""
         return self._halves + bool(self._save and self._save.job.done())
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way: the same on all ranks."""
+        return self._save is not None
+
     def reserve(self, live: Sequence[Piece]) -> None:
         """Take the memory for the copies before the first is due, so that a lack of it shows at the start."""
         if self._options.background:
