@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,3 +127,58 @@ def test_tensorboard_counts_optimizer_steps_and_forgets_what_was_cut(tmp_path: P
     assert kept[4][1] == 105.0
     assert events.Tags()["images"] == ["retrieval/0"]
     assert b"rank 2: a red ball" in events.Tensors("retrieval/0/text_summary")[0].tensor_proto.string_val[0]
+
+
+class FullDisk:
+    """Takes so many bytes of a file, until it is given room."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = 1 << 40
+        disk, write = self, io.FileIO.write
+
+        class File(io.FileIO):
+            def write(self, data: Any, /) -> int:
+                taken = min(len(data), disk.free)
+                if not taken:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.free -= taken
+                return write(self, bytes(data)[:taken])
+
+        def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+            return File(path, mode.replace("b", "")) if options == {"buffering": 0} else open(path, mode, **options)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk(monkeypatch)
+    console = io.StringIO()
+    monitor = Monitor(tmp_path, steps=5, start=0, rank=0, tensorboard=False, console=console)
+    monitor.scalars(1, values(1))
+    disk.free = 20
+    for step in (2, 3):
+        monitor.scalars(step, values(step))
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    disk.free = 1 << 40
+    monitor.scalars(4, values(4))
+    monitor.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert console.getvalue().count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert "cannot be written" in (tmp_path / "log.txt").read_text()
+
+
+def test_tensorboard_ends_where_its_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = io.StringIO()
+    monitor = Monitor(tmp_path, steps=5, start=0, rank=0, console=console)
+    monitor.scalars(1, values(1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert monitor._writer is not None
+    monkeypatch.setattr(monitor._writer, "add_scalar", full)
+    monitor.scalars(2, values(2))
+    monitor.scalars(3, values(3))
+    monitor.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert console.getvalue().count("TensorBoard") == 1

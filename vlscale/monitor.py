@@ -7,13 +7,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from torch import Tensor
 from tqdm import tqdm
+
+from vlscale.lines import Lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,13 +73,14 @@ class Monitor:
         self._shown = 0
         self._shown_at = -math.inf
         self._bar: tqdm[Any] | None = None
-        self._metrics: TextIO | None = None
+        self._metrics: Lines | None = None
+        self._in_trouble = False
         self._writer: SummaryWriter | None = None
         out.mkdir(parents=True, exist_ok=True)
-        self._log = (out / LOG).open("a", encoding="utf-8", buffering=1)
+        self._log = Lines(out / LOG)
         if rank == 0:
             forget_after(out / METRICS, start)
-            self._metrics = (out / METRICS).open("a", encoding="utf-8", buffering=1)
+            self._metrics = Lines(out / METRICS)
             if tensorboard:
                 self._writer = _writer(out / TENSORBOARD, start + 1)
             if self._console.isatty():
@@ -87,11 +91,14 @@ class Monitor:
         if self._metrics is None:
             return
         line = {"step": step} | {name: _finite(value) for name, value in values.items()}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        if self._writer is not None:
+        problem = self._metrics.add(json.dumps(line, allow_nan=False) + "\n")
+        if problem and not self._in_trouble:
+            self.warn(problem)
+        self._in_trouble = bool(problem)
+        with self._tensorboard() as writer:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
+                if writer is not None and isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, step)
         if "loss" in values:
             self._progress(step, values)
         else:
@@ -99,11 +106,11 @@ class Monitor:
 
     def pictures(self, step: int, examples: Sequence[PictureLike]) -> None:
         """Pictures, their captions, and the place of each among all when asked for by its caption."""
-        if self._writer is None:
-            return
-        for number, example in enumerate(examples):
-            self._writer.add_image(f"retrieval/{number}", example.picture, step)
-            self._writer.add_text(f"retrieval/{number}", f"rank {example.rank}: {example.caption}", step)
+        with self._tensorboard() as writer:
+            for number, example in enumerate(examples if writer is not None else ()):
+                assert writer is not None
+                writer.add_image(f"retrieval/{number}", example.picture, step)
+                writer.add_text(f"retrieval/{number}", f"rank {example.rank}: {example.caption}", step)
 
     def say(self, message: str) -> None:
         """To the console and log.txt, from rank 0."""
@@ -119,17 +126,19 @@ class Monitor:
         if self._metrics is not None:
             self._metrics.close()
             forget_after(self._out / METRICS, step)
-            self._metrics = (self._out / METRICS).open("a", encoding="utf-8", buffering=1)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = _writer(self._out / TENSORBOARD, step + 1)
+            self._metrics = Lines(self._out / METRICS)
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.close()
+                self._writer = _writer(self._out / TENSORBOARD, step + 1)
 
     def close(self) -> None:
         """Write out what is still on its way."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._tensorboard() as writer:
+            if writer is not None:
+                writer.close()
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
@@ -138,15 +147,25 @@ class Monitor:
         if self._bar is not None:
             self._bar.write(message, file=self._console)
         else:
-            print(message, file=self._console, flush=True)
-        self._log.write(message + "\n")
+            with suppress(OSError):  # its output may go to the disk that is full
+                print(message, file=self._console, flush=True)
+        self._log.add(message + "\n")
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[SummaryWriter | None]:
+        """Its file, while it can be written; nothing else of a run depends on that."""
+        try:
+            yield self._writer
+        except OSError as error:
+            self._writer = None
+            self.warn(f"TensorBoard's file cannot be written ({error.strerror}) and ends here; {METRICS} goes on")
 
     def _progress(self, step: int, values: Mapping[str, Value]) -> None:
         line = self._line(step, values)
         if self._bar is not None:
             self._bar.n = step
             self._bar.set_postfix_str(_short("loss", values["loss"]))
-            self._log.write(line + "\n")
+            self._log.add(line + "\n")
             return
         now = time.monotonic()
         if self._shown < FIRST_LINES or step == self._steps or now - self._shown_at >= PACE:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlscale.data.samples import Bad, BrokenSampleError
+from vlscale.lines import Lines
 
 FILE = "bad_samples.jsonl"
 SAID = 10  # samples that the console names; of the rest it hears a number
@@ -23,6 +24,7 @@ class BadSamples:
         """Go on with the file of a run that was stopped; one is made with the first line."""
         self._path = path
         self._clock = clock
+        self._file = Lines(path)
         self._known = {hash(line) for line in _whole_lines(path)}  # hashes: a crawl has broken samples by the million
         self._said = 0
         self._unsaid = 0
@@ -33,8 +35,8 @@ class BadSamples:
         lines = {json.dumps(bad._asdict()): bad for bad in found}
         fresh = {line: bad for line, bad in lines.items() if hash(line) not in self._known}
         if fresh:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in fresh))
+            self._file.add("".join(f"{line}\n" for line in fresh))
+            self._file.close()
         self._known.update(map(hash, fresh))
         named = list(fresh.values())[: SAID - self._said]
         self._said += len(named)
