@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -173,5 +174,5 @@ def left_out(out: Path, step: int) -> list[tuple[int, int]]:
 
 
 def _number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if torch.tensor(number).isfinite() else None
+    number = float(value.detach())
+    return number if math.isfinite(number) else None
