@@ -36,6 +36,10 @@ from vlscale.types import Batch, Inputs
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
 ORDER = 2  # rises when the same options give another order of samples, with which no run may go on
 IDLE = -1  # a worker that is at no sample
+WORKER_GONE = (
+    "a loader process of this rank is gone, killed perhaps for want of memory ({}); the same command goes on, "
+    "with data.workers=0 or fewer if it happens again"
+)
 PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
 
@@ -299,6 +303,12 @@ def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:
             )
 
 
+def _worker_is_gone(error: BaseException) -> bool:
+    """Whether torch lost a worker, not whether a worker told of an error, which it says was `Caught` there."""
+    lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) and not str(error).startswith("Caught ")
+    return lost or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"))
+
+
 def _as_is(loaded: T) -> T:
     return loaded
 
@@ -340,7 +350,7 @@ class _Ahead(Iterator[Loaded]):
                     return
             self._put(StopIteration())
         except BaseException as error:
-            self._put(error)
+            self._put(DataError(WORKER_GONE.format(error)) if _worker_is_gone(error) else error)
 
     def _put(self, item: Loaded | BaseException) -> None:
         while not self._stop.is_set():
