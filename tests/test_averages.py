@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import OPTIM, Options, Toy, batch_of, engine_of, model_of, train, twin
-from vlscale import averages, distributed
+from tests.states import whole_weights, write
+from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine, StepReport
-from vlscale.errors import CheckpointError, ConfigError
 from vlscale.local_engine import LocalEngine
 from vlscale.nn import momentum
 from vlscale.nn.transformer import Stack
+from vlscale.pieces import Reader
 from vlscale.plan import memory_plan
 from vlscale.train import one_step
 from vlscale.types import Moment
@@ -86,10 +87,10 @@ def test_the_loop_moves_it_once_per_applied_step() -> None:
     run: Any = SimpleNamespace(seed=0, steps=9, optim=OPTIM, momentum=moves)
     for step, applied in enumerate((True, False, True), start=1):
         engine.applied = applied
-        before = twin(dict(engine.weights()))
+        before = twin(whole_weights(engine))
         batches = [batch_of(PLAIN, step, part, 4) for part in range(4)]
         one_step(run, engine.model, engine, distributed.StepPlans(), step, batches)
-        after = twin(dict(engine.weights()))
+        after = twin(whole_weights(engine))
         assert all(torch.equal(before[key], after[key]) != applied for key in before)
     assert engine.moves == 2
 
@@ -150,14 +151,14 @@ def twin_and_its_judge(name: str, steps: int) -> tuple[dict[str, Tensor], dict[s
     def whole_masters() -> dict[str, Tensor]:
         if engine.stage:
             return {key: safe_get_full_fp32_param(each).double() for key, each in family.items()}
-        return {key: engine._masters(each)[0].detach().double() for key, each in family.items()}
+        return {key: engine._masters(each)[0].double().view(each.shape) for key, each in family.items()}
 
     judge = whole_masters()
     for step in range(1, steps + 1):
         train(engine, PLAIN, range(step, step + 1), ranks=distributed.world_size())
         for key, master in whole_masters().items():
             judge[key] = 0.9 * judge[key] + 0.1 * master
-    return twin(dict(engine.weights())), judge
+    return twin(whole_weights(engine)), judge
 
 
 @pytest.mark.parametrize("name", by_turns("zero0", "zero1", "zero2", "zero3"))
@@ -172,25 +173,25 @@ def test_the_twin_is_the_rounded_average(name: str) -> None:
 
 
 def resumed(name: str, folder: Path) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Averages and weights: when saved, at the end, when loaded into a fresh engine, and at its end."""
+    """Averages and weights: when saved, at the end, when restored into a fresh engine, and at its end."""
     seen = []
     ranks = distributed.world_size()
 
     def look(engine: DeepSpeedEngine) -> None:
-        seen.append(([average.clone() for average in engine._averages.averages], dict(engine.weights())))
+        held = [piece.values.clone() for piece in engine.pieces() if piece.name.startswith("master/twin.")]
+        seen.append((held, whole_weights(engine)))
 
     engine = engine_of(PLAIN, name, "bf16")
     train(engine, PLAIN, range(1, 4), ranks=ranks)
-    engine.save(folder)
+    scalars = write(engine, folder)
     look(engine)
     train(engine, PLAIN, range(4, 7), ranks=ranks)
     look(engine)
-    distributed.barrier()
     engine = engine_of(PLAIN, name, "bf16")
     with torch.no_grad():  # what is not read back shows
         for average in engine._averages.averages:
             average.fill_(3.0)
-    engine.load(folder)
+    engine.restore(Reader(folder), scalars)
     look(engine)
     train(engine, PLAIN, range(4, 7), ranks=ranks)
     look(engine)
@@ -203,33 +204,6 @@ def test_a_checkpoint_brings_it_back_bit_by_bit(name: str, tmp_path: Path) -> No
         for before, after in ((saved, loaded), (end, again)):
             assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
             close(after[1], before[1], atol=0)
-    files = sorted(path.name for path in tmp_path.glob("momentum_*.pt"))
-    assert files == (["momentum_00000.pt"] if name == "zero0" else ["momentum_00000.pt", "momentum_00001.pt"])
-
-
-def test_a_part_is_saved_without_the_whole(tmp_path: Path) -> None:
-    whole = torch.randn(10_000)
-    averages.Averages([whole[:100]], [whole[:100]]).save(tmp_path / "part.pt")
-    assert (tmp_path / "part.pt").stat().st_size < 4_000
-
-
-def test_another_layout_is_refused(tmp_path: Path) -> None:
-    mine = averages.Averages([torch.zeros(4)], [torch.zeros(4)])
-    with pytest.raises(CheckpointError, match=r"momentum_00000\.pt is missing"):
-        mine.load(tmp_path / "momentum_00000.pt")
-    averages.Averages([torch.zeros(2, 2)], [torch.zeros(2, 2)]).save(tmp_path / "momentum_00000.pt")
-    with pytest.raises(CheckpointError, match=r"shapes \[\(2, 2\)\], this run keeps \[\(4,\)\]"):
-        mine.load(tmp_path / "momentum_00000.pt")
-
-
-def test_masters_on_nvme_are_refused() -> None:
-    class Swapped:
-        swap_optimizer, params_in_nvme_and_cpu = True, False
-
-    pair = (nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)))
-    assert not averages.sharded([], Swapped()).masters
-    with pytest.raises(ConfigError, match='write "device": "cpu"'):
-        averages.sharded([pair], Swapped())
 
 
 FROZEN = Options(frozen=True)
@@ -238,7 +212,7 @@ FROZEN = Options(frozen=True)
 def kept_by_rank(name: str) -> tuple[int, dict[str, Tensor]]:
     engine = engine_of(FROZEN, name)
     train(engine, FROZEN, range(1, STEPS + 1), ranks=distributed.world_size())
-    return sum(average.numel() for average in engine._averages.averages), dict(engine.weights())
+    return sum(average.numel() for average in engine._averages.averages), whole_weights(engine)
 
 
 @pytest.mark.parametrize("name", by_turns("zero2", "zero3"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
+from tests.states import whole_weights
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine
 from vlscale.families import albef
@@ -69,7 +70,7 @@ def series(engine: Any, ranks: list[int]) -> dict[str, list[float]]:
         total = distributed.sum_over_ranks({"loss": torch.stack(losses).mean()})["loss"]
         out["loss"].append(float(total) / distributed.world_size())
         out["norm"].append(report.grad_norm)
-    weights = dict(engine.weights())
+    weights = whole_weights(engine)
     out["twin"] = [float(w.float().norm()) for name, w in weights.items() if name.startswith("twin.")]
     out["online"] = [float(w.float().norm()) for name, w in weights.items() if name.startswith("family.")]
     return out

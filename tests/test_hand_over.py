@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from torch.nn import functional as F
 from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import Agree, Options, Toy
+from tests.states import equal, whole, whole_weights, write
 from vlscale import distributed, ds_config, pieces
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.model import PretrainModel
 from vlscale.nn.queue import QueueOptions
 from vlscale.optim import OptimConfig
-from vlscale.pieces import RANKS, RING, Reader
+from vlscale.pieces import Reader
 from vlscale.types import Batch, Keys, Moment
 
 TOY = Options()
@@ -83,37 +83,11 @@ def train(engine: Engine, steps: range) -> list[float]:
     return losses
 
 
-def write(engine: Engine, folder: Path) -> dict[str, Any]:
-    """All ranks' pieces; the scalars."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / pieces.file_of(distributed.rank())).open("wb") as file:
-        pieces.write(file, engine.pieces())
-    distributed.barrier()
-    return engine.scalars()
-
-
-def whole(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, queues in the order of their ring."""
-    reader = Reader(folder)
-    out = {name: reader.whole(name) for name in reader.names()}
-    return {name: each.transpose(0, 1).flatten(0, 1) if name.startswith(RING) else each for name, each in out.items()}
-
-
-def equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        other = found[name]
-        if name.startswith(RANKS) and len(other) != len(tensor):
-            tensor = pieces.over_ranks(tensor).expand_as(other)
-        assert other.dtype == tensor.dtype, name
-        assert torch.equal(other, tensor), name
-
-
 def weights_are_rounded_masters(engine: DeepSpeedEngine, folder: Path, dtype: torch.dtype) -> None:
     """On this rank, each whole parameter."""
     wanted = pieces.weights(Reader(folder), dtype)
     own = dict(engine.model.named_parameters())
-    for name, found in engine.weights():
+    for name, found in whole_weights(engine).items():
         assert name not in own or (found.dtype == dtype and torch.equal(found, wanted[name])), name
 
 

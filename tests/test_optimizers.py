@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
+from tests.states import whole_weights, write
 from vlscale import distributed, optimizers
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig, SgdConfig
+from vlscale.pieces import Reader
 from vlscale.plan import memory_plan
 
 TOY = toy_twin.Options()
@@ -276,7 +278,7 @@ def weights_by_case(stages: tuple[str, ...], precision: str, cases: dict[str, Op
         for case, config in cases.items():
             engine = engine_of(stage, precision, config)
             toy_twin.train(engine, TOY, range(1, STEPS + 1), ranks=distributed.world_size())
-            found[f"{stage} {case}"] = dict(engine.weights())
+            found[f"{stage} {case}"] = whole_weights(engine)
     return found
 
 
@@ -290,7 +292,7 @@ def engine_of(stage: str, precision: str, config: OptimConfig) -> DeepSpeedEngin
 def plain(config: OptimConfig) -> dict[str, Tensor]:
     engine = LocalEngine(toy_twin.model_of(TOY), config, torch.device("cpu"))
     toy_twin.train(engine, TOY, range(1, STEPS + 1))
-    return dict(engine.weights())
+    return whole_weights(engine)
 
 
 def check(world: int, stages: tuple[str, ...], precision: str, atol: float) -> None:
@@ -327,19 +329,16 @@ def resumed(folder: Path, stage: str, precision: str, cases: dict[str, OptimConf
     for case, config in cases.items():
         first = engine_of(stage, precision, config)
         toy_twin.train(first, TOY, range(1, 4), ranks=ranks)
-        first.save(folder / case)
+        scalars = write(first, folder / case)
         toy_twin.train(first, TOY, range(4, 7), ranks=ranks)
         second = engine_of(stage, precision, config)
-        distributed.barrier()
-        second.load(folder / case)
+        second.restore(Reader(folder / case), scalars)
         toy_twin.train(second, TOY, range(4, 7), ranks=ranks)
-        found[case] = dict(first.weights()), dict(second.weights())
+        found[case] = whole_weights(first), whole_weights(second)
     return found
 
 
 def check_resumed(folder: Path, stage: str, cases: dict[str, OptimConfig]) -> None:
-    for case in cases:
-        (folder / case).mkdir()
     for found in run_ranks(resumed, 2, folder, stage, "bf16", cases, timeout=240):
         for case, (through, again) in found.items():
             assert all(torch.equal(value, again[name]) for name, value in through.items()), case
@@ -372,6 +371,14 @@ def refused() -> str:
     with pytest.raises(ConfigError) as caught:
         DeepSpeedEngine(toy_twin.model_of(TOY), config, CASES["adamw_and_sgd"], distributed.init())
     return str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_what_lies_on_nvme_is_refused(part: str) -> None:
+    optimizer = optimizers.build(two().named_parameters(), OptimConfig())
+    optimizers.check_offload(optimizer, {"zero_optimization": {part: {"device": "cpu"}}})
+    with pytest.raises(ConfigError, match=f'{part} sends to NVMe .* write "device": "cpu"'):
+        optimizers.check_offload(optimizer, {"zero_optimization": {part: {"device": "nvme"}}})
 
 
 def test_an_offload_that_leaves_some_on_the_gpu_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
+from tests.states import whole_weights
 from tests.whole_steps import check_whole, over_ranks, part
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine
@@ -239,7 +240,7 @@ def series(zero3: bool) -> dict[str, list[float]]:
         norms.append(engine.step(1e-2).grad_norm)
         objective = engine.model.objectives["seq2seq"]
         both.append(int(objective.whole_text(Encodings(engine.model.family, own, at, {})).sum()))
-    weights = sorted((name, float(weight.float().norm())) for name, weight in engine.weights())
+    weights = sorted((name, float(weight.float().norm())) for name, weight in whole_weights(engine).items())
     kept = [norm for name, norm in weights if "key.bias" not in name]  # whose gradient is 0 but for rounding
     return {"losses": losses, "norms": norms, "weights": kept, "both": both}
 

@@ -17,6 +17,7 @@ from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.reference.__main__ import main
 from tests.shard_files import reference_folder
+from tests.states import whole_weights
 from tests.whole_steps import check_whole
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine
@@ -331,7 +332,7 @@ def series(engine: Any, ranks: list[int]) -> dict[str, Any]:
         engine.model.commit([each.keys for each in made], step, "step")
         total = torch.stack([engine.model.total(each.losses, {}).detach() for each in made]).mean()
         losses.append(float(distributed.sum_over_ranks({"loss": total})["loss"]) / distributed.world_size())
-    weights = dict(engine.weights())
+    weights = whole_weights(engine)
     kept = ("dictionary.table", "cell_norm.running_var", "trunk.stages.4.1.norms.1.running_mean", "mask_token.vector")
     return {"losses": losses, **{name: weights[f"family.{name}"] for name in kept}}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.spawn import run_ranks
+from tests.states import whole_buffers
 from vlscale import distributed, two_pass
 from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
@@ -71,7 +72,7 @@ def make_step(make: Callable[[], PretrainModel], batch: Batch, number: int, size
     return {
         "losses": {name: over_ranks(torch.as_tensor(value)) for name, value in losses.items()},
         "gradients": {name: over_ranks(gradient) for name, gradient in gradients.items()},
-        "buffers": {name: buffer.clone() for name, buffer in model.whole_buffers()},
+        "buffers": whole_buffers(model),
     }
 
 

@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,10 +69,6 @@ class Engine(Protocol):
 
     def after_step(self, coefficient: float) -> None:
         """Keep bounded parameters in bounds and move the momentum twin; only after an applied step."""
-        ...
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer, whole, on the host, in training precision. All ranks take part."""
         ...
 
     def pieces(self) -> list[Piece]:
@@ -233,18 +229,6 @@ class DeepSpeedEngine(TwinEngine):
             return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
         scaling = self._optimizer.loss_scale_config
         return bool(scaling.dynamic_loss_scale and scaling.cur_scale > scaling.min_loss_scale)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
-        deepspeed = _import_deepspeed()
-        for name, parameter in self.model.named_parameters(remove_duplicate=True):
-            whole: Any = contextlib.nullcontext()
-            if self.stage == 3:
-                whole = deepspeed.zero.GatheredParameters([parameter])
-            with whole:
-                yield name, parameter.detach().cpu().clone()
-        for name, buffer in self.model.whole_buffers():
-            yield name, buffer.detach().cpu().clone()
 
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""

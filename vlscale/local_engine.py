@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,11 +63,6 @@ class LocalEngine(TwinEngine):
         self._optimizer.step()
         self._optimizer.zero_grad()
         return StepReport(float(norm), True, None)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`."""
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            yield name, tensor.detach().cpu().clone()
 
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""

@@ -296,15 +296,6 @@ class PretrainModel(nn.Module):
             for key, buffer in queue.parts().items()
         }
 
-    def whole_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, buffer) of all, sharded queues whole; all ranks take part."""
-        for name, buffer in self.named_buffers():
-            if not name.startswith("queues."):
-                yield name, buffer
-        for name, queue in self.key_queues().items():
-            for key, buffer in queue.whole().items():
-                yield f"queues.{name}.{key}", buffer
-
     def momentum_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, twin) parameters that the momentum update moves; a tied weight stands once."""
         pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}

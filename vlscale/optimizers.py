@@ -53,8 +53,15 @@ def check_offload(optimizer: torch.optim.Optimizer, ds: Mapping[str, Any]) -> No
     """Whether DeepSpeed under the configuration `ds` steps all of the model by this optimizer.
 
     Raises:
-        ConfigError: it leaves a share of it on the GPU, and moves that by an AdamW of its own.
+        ConfigError: it leaves a share of it on the GPU, and moves that by an AdamW of its own; or sends some to NVMe,
+            out of reach of twins and checkpoints.
     """
+    for part in ("offload_optimizer", "offload_param"):
+        if (ds.get("zero_optimization", {}).get(part) or {}).get("device") == "nvme":
+            raise ConfigError(
+                f"zero_optimization.{part} sends to NVMe what checkpoints are made of; "
+                f'write "device": "cpu" in the ds_config'
+            )
     ratio = (ds.get("zero_optimization", {}).get("offload_optimizer") or {}).get("ratio", 1.0)
     if ratio < 1 and isinstance(optimizer, ByGroup):
         raise ConfigError(

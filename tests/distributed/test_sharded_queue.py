@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.distributed.spawn import run_ranks
+from tests.states import whole_queue
 from vlscale import distributed
 from vlscale.nn.queue import KeyQueue, QueueOptions
 
@@ -67,7 +68,7 @@ def pushed(batches: list[int]) -> dict[str, Tensor]:
     for step, size in enumerate(batches, start=1):
         generator = torch.Generator().manual_seed(step)
         queue.push(torch.randn(size, 4, generator=generator), torch.arange(size) + 100 * step, step)
-    return {name: buffer.clone() for name, buffer in queue.whole().items()}
+    return whole_queue(queue)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

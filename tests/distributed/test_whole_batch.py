@@ -16,6 +16,7 @@ from tests import test_lmi, test_region_nce
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.runs import losses, run_whole
+from tests.states import whole_weights
 from tests.whole_steps import part
 from vlscale import distributed, ds_config, two_pass
 from vlscale.engine import DeepSpeedEngine, Engine
@@ -159,7 +160,7 @@ def series(case: Case, engine: Engine, steps: int, number: int = 1) -> dict[str,
     losses, found = zip(
         *(one_step(case, engine, step, number, look=step in (1, steps)) for step in range(1, steps + 1)), strict=True
     )
-    return {"loss": losses, "gradients": found[0], "last gradients": found[-1], "state": dict(engine.weights())}
+    return {"loss": losses, "gradients": found[0], "last gradients": found[-1], "state": whole_weights(engine)}
 
 
 def on_a_rank(stage: str, steps: int, names: list[str], number: int = 1) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.states import whole_weights
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.families.base import Family
@@ -144,14 +145,14 @@ def weights_after(
     """Whole weights after some steps under DeepSpeed; for `run_ranks`."""
     engine = engine_of(options, name, precision, accumulation)
     train(engine, options, range(1, steps + 1), accumulation=accumulation, ranks=distributed.world_size())
-    return dict(engine.weights())
+    return whole_weights(engine)
 
 
 def local_weights_after(options: Options, steps: int, accumulation: int = 1) -> dict[str, Tensor]:
     """The same by plain PyTorch on the joined batch."""
     engine = LocalEngine(model_of(options), OPTIM, torch.device("cpu"), accumulation)
     train(engine, options, range(1, steps + 1), accumulation=accumulation)
-    return dict(engine.weights())
+    return whole_weights(engine)
 
 
 def twin(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
+from tests.states import whole_weights
 from tests.test_engine import (
     FP32,
     NOISE,
@@ -73,7 +74,7 @@ def scaled_series(name: str) -> dict[str, list[float]]:
         out["loss"].append(float(loss.detach()))
         out["scale"].append(report.loss_scale or 0.0)
         out["applied"].append(float(report.applied))
-        whole = (weight.double().norm() for name, weight in engine.weights() if name.startswith("family."))
+        whole = (weight.double().norm() for name, weight in whole_weights(engine).items() if name.startswith("family."))
         out["weights"].append(float(torch.stack(list(whole)).sum()))
     return out
 

@@ -181,14 +181,6 @@ class KeyQueue(nn.Module):
         """The buffers that differ from rank to rank; none unless sharded."""
         return {name: self.get_buffer(name) for name in self.RINGS} if self.sharded else {}
 
-    def whole(self) -> dict[str, Tensor]:
-        """Every buffer as if the queue were replicated; of a sharded one all ranks take part."""
-        out = dict(self.named_buffers())
-        for name, buffer in self.parts().items():
-            (parts,) = distributed.gather([buffer])
-            out[name] = parts.view(self._parts, *buffer.shape).transpose(0, 1).reshape(-1, *buffer.shape[1:])
-        return out
-
     @torch.no_grad()
     def take(self, name: str, rows: Tensor, part: int, parts: int) -> None:
         """Put in what belongs here of another split of the ring.
