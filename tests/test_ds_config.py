@@ -163,6 +163,8 @@ def test_a_batch_that_does_not_divide_over_the_ranks() -> None:
         ('{"gradient_accumulation_steps": 0}', "gradient_accumulation_steps should be a whole number"),
         ("[1]", "should hold one JSON object"),
         ("{", "is not JSON"),
+        ('{"bf16": {"enabled": true, "check_grad_overflow": false}}', "with bf16.check_grad_overflow false gradients"),
+        ('{"zero_optimization": {"compute_grad_norm": false}}', "zero_optimization.compute_grad_norm false gradients"),
     ],
 )
 def test_files_that_cannot_be_meant(text: str, says: str, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ KEYS = frozenset(
 
 
 COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+CHECKS = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))  # of each step's gradients
 SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization", "checkpoint")
 
 
@@ -75,6 +76,10 @@ def load(path: str) -> dict[str, Any]:
     for key in SECTIONS:
         if not isinstance(tree.get(key, {}), dict):
             raise ConfigError(f'{path}: {key} should hold an object such as {{"enabled": true}} (got {tree[key]!r})')
+    for section, key in CHECKS:
+        if tree.get(section, {}).get(key) is False:
+            reason = "gradients that are not finite would go into the weights"
+            raise ConfigError(f"{path}: with {section}.{key} false {reason}; delete it there")
     for key in COUNTS:
         given = tree.get(key, "auto")
         if given != "auto" and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
