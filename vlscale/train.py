@@ -46,11 +46,7 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     build.write_folder(run, setting)
     watchdog.listen(setting.out)
     monitor = Monitor(
-        setting.out,
-        steps=run.steps,
-        start=start,
-        rank=distributed.rank(),
-        tensorboard=run.logging.tensorboard,
+        setting.out, steps=run.steps, start=start, rank=distributed.rank(), tensorboard=run.logging.tensorboard
     )
     for warning in setting.warnings:
         monitor.warn(warning)
@@ -61,13 +57,14 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     plans = distributed.StepPlans(patience(run.watchdog))
     record = Record(run, setting, model, loader, monitor, watchdog)
     ends.callback(record.saver.close)
-    record.saver.reserve(machine.pieces())
     if start and evaluation_due(run, start) and not record.evaluated(start):
         record.evaluate(start)  # the stop had no time for it
 
     for step, micro_batches in record.timed(start, run.steps):
         watchdog.at("step", step)
         record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
+        if step == start + 1:
+            record.saver.reserve(machine.pieces())  # from now on the optimizer has its moments
         if record.spike and record.roll_back(step, machine):
             continue
 
