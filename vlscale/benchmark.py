@@ -10,7 +10,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib import metadata
@@ -36,7 +36,7 @@ from vlscale.types import Batch, Moment
 from vlscale.watchdog import Watchdog
 
 AGAINST = ("bare",)
-Steps = Iterator[tuple[int, list[Batch]]]
+Steps = Generator[tuple[int, list[Batch]], None, None]
 
 
 class Lap(NamedTuple):
@@ -72,12 +72,12 @@ class Loop(Protocol):
 class OurLoop:
     """What `train.train` does with every step, checkpoints and evaluations apart."""
 
-    def __init__(self, parts: _Parts, steps: Steps, record: Record) -> None:
+    def __init__(self, parts: _Parts, total: int, record: Record) -> None:
         self._parts = parts
         self._record = record
         self._vote = distributed.StopVote(parts.setting.device)
         self._plans = distributed.StepPlans()
-        self.steps: Steps = record.timed(steps)
+        self.steps: Steps = record.timed(0, total)
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> bool:
         """See `Loop.step`."""
@@ -182,9 +182,10 @@ def _loops(parts: _Parts, total: int, scratch: Path, open_things: ExitStack, aga
         console=io.StringIO(),
     )
     open_things.callback(monitor.close)
-    steps = open_things.enter_context(closing(loader.steps(0, total)))
     watchdog = open_things.enter_context(Watchdog(WatchdogConfig(start=0, step=0), None))
-    loops: list[Loop] = [OurLoop(parts, steps, Record(request.run, setting, model, loader, monitor, watchdog))]
+    ours = OurLoop(parts, total, Record(request.run, setting, model, loader, monitor, watchdog))
+    open_things.callback(ours.steps.close)
+    loops: list[Loop] = [ours]
     if against:
         same = build.build_loader(request.run, setting, model).steps(0, total)
         loops.append(BareLoop(parts, open_things.enter_context(closing(same))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -79,7 +79,7 @@ class Record:
         self._window = Window(self._run.non_finite, state.get("non_finite", ()))
         self._spikes = Spikes(self._run.spikes, state.get("spikes"))
 
-    def timed(self, start: int, stop: int) -> Iterator[Served]:
+    def timed(self, start: int, stop: int) -> Generator[Served, None, None]:
         """The loader's steps, after a `roll_back` those from there on, with the time spent waiting for them noted."""
         try:
             while start < stop:
