@@ -13,18 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+from vlscale import console
 from vlscale.errors import DONE, STOPPED
-from vlscale.stop import StopGuard, shield_worker
+from vlscale.stop import StopGuard, shield_worker, worker_processes
 
 DEADLINE = 6.0
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("mode", nargs="?", default="step")
     parser.add_argument("--local_rank", type=int)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return run(StopGuard(deadline=DEADLINE), arguments.folder, arguments.mode)
 
 
@@ -38,7 +39,14 @@ def run(guard: StopGuard, folder: Path, mode: str) -> int:
     device = distributed.init()
     rank = distributed.rank()
     vote = distributed.StopVote(device)
-    samples = iter(DataLoader(range(10**6), num_workers=1, worker_init_fn=shield_worker))  # type: ignore[arg-type]
+    samples = iter(
+        DataLoader(
+            range(10**6),  # type: ignore[arg-type]
+            num_workers=1,
+            worker_init_fn=shield_worker,
+            multiprocessing_context=worker_processes("torch.utils.data"),
+        )
+    )
     for step in range(1200):
         next(samples)
         time.sleep(0.05)
@@ -55,4 +63,4 @@ def run(guard: StopGuard, folder: Path, mode: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main, sys.argv[1:])
