@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests import test_soho, test_uniter
 from tests.distributed import toy_twin
 from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import Agree, Options, Toy
+from tests.models import albef_batch, albef_model
 from tests.states import equal, whole, whole_weights, write
 from vlscale import distributed, ds_config, pieces
 from vlscale.engine import DeepSpeedEngine, Engine
+from vlscale.errors import CheckpointError
+from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.nn.queue import QueueOptions
 from vlscale.optim import OptimConfig
-from vlscale.pieces import Reader
+from vlscale.pieces import Piece, Reader
+from vlscale.train import one_step
 from vlscale.types import Batch, Keys, Moment
 
 TOY = Options()
@@ -189,3 +199,171 @@ def test_a_new_engine_goes_on_as_if_nothing_had_happened(
 ) -> None:
     run_ranks(resumed, 2, tmp_path, stage, precision, optim, frozen)
     equal(whole(tmp_path / "again"), whole(tmp_path / "through"))
+
+
+MODELS: dict[str, tuple[Callable[[], PretrainModel], Callable[..., Batch], tuple[str, ...]]] = {
+    "albef": (lambda: albef_model(dropout=0.1), albef_batch, ("all",)),  # twin and queues
+    "soho": (lambda: test_soho.model_of(live_statistics=True), test_soho.batch_of, ("all",)),  # dictionary, BatchNorm
+    "uniter": (test_uniter.task_model, test_uniter.batch_of, test_uniter.STEPS),  # one task per step
+}
+
+
+def family_steps(engine: Engine, name: str, steps: range) -> list[float]:
+    """Gradient norms of steps of the loop."""
+    _, batch_of, tasks = MODELS[name]
+    moves = SimpleNamespace(coefficient=0.9, schedule="constant", drop_layers=0.0)
+    run: Any = SimpleNamespace(seed=0, steps=9, optim=replace(OPTIM, lr=1e-2), momentum=moves)
+    norms = []
+    for step in steps:
+        batch = replace(batch_of(seed=10 * step + distributed.rank()), task=tasks[step % len(tasks)])
+        norms.append(one_step(run, engine.model, engine, distributed.StepPlans(), step, [batch]).report.grad_norm)
+    return norms
+
+
+def family_resumed(root: Path, name: str, stage: str) -> None:
+    """Six steps; and three, a new engine and three more."""
+
+    def engine() -> DeepSpeedEngine:
+        return DeepSpeedEngine(MODELS[name][0](), toy_twin.configuration(stage, "bf16"), OPTIM, distributed.init())
+
+    first = engine()
+    family_steps(first, name, range(1, 4))
+    scalars = write(first, root / "half")
+    norms = family_steps(first, name, range(4, 7))
+    write(first, root / "through")
+    second = engine()
+    second.restore(Reader(root / "half"), scalars)
+    assert family_steps(second, name, range(4, 7)) == norms
+    write(second, root / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("albef", "zero3"), pytest.param("soho", "zero2", marks=slow), pytest.param("uniter", "zero3", marks=slow)],
+)
+def test_a_family_goes_on_as_if_nothing_had_happened(name: str, stage: str, tmp_path: Path) -> None:
+    run_ranks(family_resumed, 2, tmp_path, name, stage)
+    found = whole(tmp_path / "again")
+    equal(found, whole(tmp_path / "through"))
+    kinds = {each.split("/")[0] for each in found}
+    assert kinds >= {"master", "exp_avg", "exp_avg_sq", "step"}
+    assert ("ring" in kinds) == (name == "albef")
+    assert ("buffer/family.dictionary.table" in found) == (name == "soho")
+
+
+def test_plain_pytorch_and_deepspeed_go_on_from_each_other(tmp_path: Path) -> None:
+    local = LocalEngine(model_of(), OPTIM, torch.device("cpu"))
+    train(local, range(1, 4))
+    write(local, tmp_path / "local")
+    run_ranks(passed_on, 2, tmp_path / "local", tmp_path / "zero2")
+    again = LocalEngine(model_of(), OPTIM, torch.device("cpu"))
+    again.restore(Reader(tmp_path / "zero2"), {})
+    write(again, tmp_path / "again")
+    for name in ("zero2", "again"):
+        equal(whole(tmp_path / name), whole(tmp_path / "local"))
+
+
+def passed_on(before: Path, after: Path) -> None:
+    engine = engine_of("zero2", "bf16")
+    engine.restore(Reader(before), {})
+    write(engine, after)
+
+
+def local_checkpoint(folder: Path, change: Callable[[Piece], Piece | None] = lambda piece: piece) -> Reader:
+    """One step of plain PyTorch, written with something wrong in it."""
+    engine = LocalEngine(model_of(), OPTIM, torch.device("cpu"))
+    train(engine, range(1, 2))
+    folder.mkdir(exist_ok=True)
+    with (folder / pieces.file_of(0)).open("wb") as file:
+        pieces.write(file, [changed for piece in engine.pieces() if (changed := change(piece))])
+    return Reader(folder)
+
+
+@pytest.mark.parametrize(
+    ("gone", "says"),
+    [
+        ("master/family.entry.weight", "holds no tensor 'master/family.entry.weight'; it is of another model"),
+        ("ring/queues.sharded.ids", "holds no tensor"),
+        ("ranks/objectives.agree.seen", "holds no tensor"),
+    ],
+)
+def test_what_is_gone_is_named(gone: str, says: str, tmp_path: Path) -> None:
+    reader = local_checkpoint(tmp_path, lambda piece: None if piece.name == gone else piece)
+    with pytest.raises(CheckpointError, match=says):
+        LocalEngine(model_of(), OPTIM, torch.device("cpu")).restore(reader, {})
+
+
+def test_what_the_optimizer_lacks_is_named(tmp_path: Path) -> None:
+    local_checkpoint(tmp_path, lambda piece: None if piece.name == "exp_avg/family.exit.bias" else piece)
+    with pytest.raises(CheckpointError, match=r"holds no tensor 'exp_avg/family.exit.bias'"):
+        run_ranks(passed_on, 1, tmp_path, tmp_path / "after")
+
+
+def test_what_is_of_another_shape_or_model_is_named(tmp_path: Path) -> None:
+    engine = LocalEngine(model_of(), OPTIM, torch.device("cpu"))
+
+    def cut(piece: Piece) -> Piece:
+        return replace(piece, shape=(1, 49)) if piece.name == "master/family.entry.weight" else piece
+
+    with pytest.raises(CheckpointError, match=r"of shape \(1, 49\), but in this run it is \(7, 7\)"):
+        engine.restore(local_checkpoint(tmp_path, cut), {})
+
+    def named(piece: Piece) -> Piece:
+        return replace(piece, name="master/family.other") if piece.name == "master/family.entry.bias" else piece
+
+    with pytest.raises(CheckpointError, match=r"'master/family.other', for which this run's model has no place"):
+        engine.restore(local_checkpoint(tmp_path, named), {})
+
+
+def test_nothing_is_copied_and_equal_shares_are_written(tmp_path: Path) -> None:
+    for held in run_ranks(shares, 2):
+        assert held["copied"] == []
+        assert held["bytes"] == pytest.approx(held["whole"] / 2, rel=0.02)
+
+
+def shares() -> dict[str, Any]:
+    engine = engine_of("zero0", "bf16")
+    train(engine, range(1, 2))
+    own = engine.pieces()
+    live = [*engine.model.parameters(), *engine.model.buffers(), *(span.flat for span in engine._spans)]
+    live += [each for state in engine._optimizer.optimizer.state.values() for each in state.values()]
+    live += engine._averages.averages
+    storages = {each.untyped_storage().data_ptr() for each in live}
+    sizes = [piece.values.numel() * piece.values.element_size() for piece in own]
+    return {
+        "copied": [piece.name for piece in own if piece.values.untyped_storage().data_ptr() not in storages],
+        "bytes": sum(sizes),
+        "whole": float(distributed.sum_over_ranks({"sizes": torch.tensor(float(sum(sizes)))})["sizes"]),
+    }
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero0"])
+def test_the_loss_scale_of_fp16_is_kept(stage: str) -> None:
+    """DeepSpeed refuses fp16 on a CPU: its scalers, in the place where it has them on a GPU."""
+    run_ranks(scaled, 1, stage)
+
+
+def scaled(stage: str) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig
+
+    settings = {"init_scale": 1024.0, "scale_window": 2, "min_scale": 1.0, "delayed_shift": 2}
+
+    def engine() -> DeepSpeedEngine:
+        made = engine_of(stage, "bf16")
+        made._fp16 = True
+        own = made._optimizer
+        if stage == "zero0":
+            own.loss_scale_config = LossScaleConfig(torch.float16, True, 1.0, settings)
+        else:
+            own.loss_scaler = DynamicLossScaler(**settings, consecutive_hysteresis=False)
+        return made
+
+    first, second = engine(), engine()
+    first._scaler().update(cur_scale=64.0, cur_iter=7, last_overflow_iter=5)
+    scalars = json.loads(json.dumps(first.scalars()))
+    write(first, folder := Path(tempfile.mkdtemp()))
+    second.restore(Reader(folder), scalars)
+    shutil.rmtree(folder)
+    assert second._scaler() == first._scaler()
+    assert second.scalars() == first.scalars()
+    assert first.scalars()["loss_scale"]["cur_scale"] == 64.0

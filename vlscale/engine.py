@@ -349,10 +349,11 @@ class DeepSpeedEngine(TwinEngine):
             part = self._part(parameter)
             part[max(0, parameter.ds_numel - distributed.rank() * part.numel()) :].zero_()  # type: ignore[attr-defined]
         for flat in self._flat_masters():
-            kept = [(span, span.of(flat).clone()) for span in self._spans if span.flat is flat]
-            flat.zero_()
-            for span, values in kept:
-                span.of(flat).copy_(values)
+            end = 0
+            for span in sorted((span for span in self._spans if span.flat is flat), key=lambda span: span.start):
+                flat[end : span.start].zero_()
+                end = span.start + span.length
+            flat[end:].zero_()
 
 
 def deepspeed_recompute() -> Callable[..., Any]:

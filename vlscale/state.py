@@ -173,18 +173,22 @@ class State:
         for name in reader.names():
             key, own = name.split("/", 1)
             kept.setdefault(own, []).append(key)
+        wanted: dict[Tensor, dict[str, bool]] = {}  # for each flat tensor, whether an entry is one number
         for span in self._spans:
-            name, mover = self._names[span.parameter], self._mover(span.flat)
-            state: dict[str, Any] = mover.state[span.flat]
-            wanted = [key for key in kept.get(name, ()) if f"{key}/" != MASTER]
-            for key in set(state) - set(wanted):
+            name = self._names[span.parameter]
+            keys = {key: not reader.shape(f"{key}/{name}") for key in kept.get(name, ()) if f"{key}/" != MASTER}
+            wanted.setdefault(span.flat, {}).update(keys)
+        for flat, keys in wanted.items():
+            mover = self._mover(flat)
+            state: dict[str, Any] = mover.state[flat]
+            for key in set(state) - set(keys):
                 del state[key]
-            for key in set(wanted) - set(state):
-                if reader.shape(f"{key}/{name}"):
-                    state[key] = torch.zeros_like(span.flat, requires_grad=False)
-                else:  # a count, which torch keeps on the host unless its kernel is the fused one
-                    device = span.flat.device if mover.defaults.get("fused") else None
+            for key in set(keys) - set(state):
+                if keys[key]:  # a count, which torch keeps on the host unless its kernel is the fused one
+                    device = flat.device if mover.defaults.get("fused") else None
                     state[key] = torch.zeros((), dtype=torch.float32, device=device)
+                else:
+                    state[key] = torch.zeros_like(flat, requires_grad=False)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
