@@ -294,6 +294,8 @@ def _listed(folder: Path) -> Mapping[str, tuple[int, str]]:
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
     if text != as_json({"files": {name: list(each) for name, each in listed.items()}}) or STATE not in listed:
         raise CheckpointError(f"{path} has changed since it was written")
+    if odd := next((name for name in listed if not FILE_NAME.fullmatch(name)), None):
+        raise CheckpointError(f"{path} lists {odd!r}, which is no file of a checkpoint")
     return listed
 
 

@@ -122,6 +122,8 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_recipe(recipe)
     tree = read_yaml(path)
+    if isinstance(tree.get("data"), dict):
+        tree["data"].pop("pipe", None)  # leave to run commands is given on the command line, never by a file
     for override in overrides:
         apply_override(tree, override)
     return from_tree(tree.pop("recipe", path.stem), tree)  # a dumped configuration remembers which recipe it was

@@ -108,6 +108,8 @@ def _in_folder(folder: Path) -> Path:
 def _content(file: Path) -> dict[str, Any]:
     if file.name.endswith(".index.json"):
         shards = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        if odd := next((shard for shard in shards if Path(shard).name != shard), None):
+            raise CheckpointError(f"{file} lists {odd!r}, which is no file beside it")
         return {name: tensor for shard in shards for name, tensor in read(file.parent / shard).items()}
     if file.suffix == ".safetensors":
         return dict(load_file(file))
