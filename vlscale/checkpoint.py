@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 import tempfile
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"  # of a run
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREADS = 4  # files that a rank hashes at a time
+FILE_NAME = re.compile(r"\w[\w.-]*")
 T = TypeVar("T")
 
 
