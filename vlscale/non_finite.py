@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,14 +150,6 @@ def message(step: int, found: Sequence[Mapping[str, Any]]) -> str:
 def named(suspect: Mapping[str, str]) -> str:
     """A suspect in words."""
     return str(BrokenSampleError(**suspect))
-
-
-def write(out: Path, line: Mapping[str, Any]) -> None:
-    """Add a line to `bad_steps.jsonl` of a run folder; a full disk ends no run, for the console hears of it too."""
-    with suppress(OSError), (out / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def left_out(out: Path, step: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from vlscale.engine import Engine, StepReport
 from vlscale.errors import CheckpointError, DataError, TrainingError, VlscaleError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
+from vlscale.lines import Lines
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor, forget_after
 from vlscale.non_finite import Window
@@ -64,6 +66,7 @@ class Record:
         self._go_on(begin)
         self._rolled_back: int = begin.get("rolled_back", 0)
         self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
+        self._bad_steps = Lines(setting.out / non_finite.FILE)
         if distributed.rank() == 0:
             forget_after(setting.out / non_finite.FILE, begin.get("step", 0))
         self._target = checkpoint.target(setting.out, run.checkpoint.to)
@@ -170,11 +173,11 @@ class Record:
         self._rolled_back += 1
         self._go_on(found.state)
         self._monitor.go_back(found.step)
+        self._bad_steps.close()
         if distributed.rank() == 0:
             forget_after(self._setting.out / non_finite.FILE, found.step)
-            places = {"positions": [first, end], "left_out": self._loader.left_out}
-            line = {"step": found.step + 1, "spike": step, "rolled_back": self._rolled_back, **places}
-            non_finite.write(self._setting.out, line)
+        places = {"positions": [first, end], "left_out": self._loader.left_out}
+        self._note({"step": found.step + 1, "spike": step, "rolled_back": self._rolled_back, **places})
         self._warn(
             f"back at step {found.step}; the samples at positions {first} to {end - 1} are left out from now on "
             f"(roll-back {self._rolled_back} of {self._run.spikes.budget})"
@@ -182,6 +185,11 @@ class Record:
         self._clock.skip()
         self._back = found.step
         return True
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        """A line of bad_steps.jsonl."""
+        if distributed.rank() == 0 and (problem := self._bad_steps.add(json.dumps(line, allow_nan=False) + "\n")):
+            self._monitor.warn(problem)
 
     def _warn(self, message: str) -> None:
         """Of what all ranks find."""
@@ -192,10 +200,8 @@ class Record:
         """Write down what a skipped step was made of; too many of them end the run."""
         moments = [Moment(step, self._run.seed, number, len(batches)) for number in range(len(batches))]
         found = non_finite.findings(self._model, self._loader.shards_of, batches, moments, losses)
-        if distributed.rank() == 0:
-            line = {"step": step, "task": batches[0].task, "grad_norm": None, "micro_batches": found}
-            non_finite.write(self._setting.out, line)
-            self._monitor.warn(non_finite.message(step, found))
+        self._note({"step": step, "task": batches[0].task, "grad_norm": None, "micro_batches": found})
+        self._warn(non_finite.message(step, found))
         self._window.add(step)
         if self._window.spent():
             self.end = TrainingError(self._window.refusal(self._setting.out / non_finite.FILE))
@@ -241,6 +247,7 @@ class Record:
         """Say what has not been said yet."""
         for message in self._bad.rest() if self._bad else ():
             self._monitor.warn(message)
+        self._bad_steps.close()
 
     def _bad_samples(self, step: int) -> int:
         """How many were skipped so far on all ranks; rank 0 names the new ones, and all learn if they are too many."""
