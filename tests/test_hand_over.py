@@ -237,10 +237,8 @@ def family_resumed(root: Path, name: str, stage: str) -> None:
     write(second, root / "again")
 
 
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [("albef", "zero3"), pytest.param("soho", "zero2", marks=slow), pytest.param("uniter", "zero3", marks=slow)],
-)
+@slow
+@pytest.mark.parametrize(("name", "stage"), [("albef", "zero3"), ("soho", "zero2"), ("uniter", "zero3")])
 def test_a_family_goes_on_as_if_nothing_had_happened(name: str, stage: str, tmp_path: Path) -> None:
     run_ranks(family_resumed, 2, tmp_path, name, stage)
     found = whole(tmp_path / "again")
