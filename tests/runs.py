@@ -22,6 +22,10 @@ TINY = (
     *("family.heads=2", "family.intermediate=64", "family.patch=16", "objectives.itc.queue=32"),
     *("seed=1", "evaluation.limit=32", "evaluation.every=0", "logging.every=1", "family.dropout=0.1"),
 )
+MEASURED = {  # what differs from run to run, being time and memory
+    *("seconds_per_step", "data_wait_fraction", "samples_per_second", "tokens_per_second", "model_tflops_per_second"),
+    *("memory_peak_bytes", "memory_allocated_bytes", "straggler/rank", "straggler/max_over_median"),
+}
 LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -87,6 +91,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured by the clock."""
+    lines = [line for line in metrics(out) if "checkpoint/seconds" not in line]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def last_step(out: Path) -> int:

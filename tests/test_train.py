@@ -7,36 +7,19 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from tests.distributed.spawn import run_ranks
-from tests.runs import ROOT, TINY, launch, losses, metrics, run_whole, stop_at
+from tests.runs import ROOT, TINY, figures, launch, losses, metrics, run_whole, stop_at
+from tests.states import equal, whole
 from vlscale import config
 from vlscale.errors import DONE, STOPPED
 
 STEPS = 32
 CUT = ("steps=32", "checkpoint.every=5", "logging.every=2", "evaluation.every=16", "logging.sample_keys=true")
-MEASURED = {  # what differs from run to run, being time and memory
-    "seconds_per_step",
-    "data_wait_fraction",
-    "samples_per_second",
-    "tokens_per_second",
-    "model_tflops_per_second",
-    "memory_peak_bytes",
-    "memory_allocated_bytes",
-}
-
-
-def figures(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured by the clock."""
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in metrics(out)]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,7 @@ def test_the_keys_of_a_line(finished: Path) -> None:
 
 
 def test_the_keys_of_an_evaluation(finished: Path) -> None:
-    lines = [line for line in metrics(finished) if "loss" not in line]
+    lines = [line for line in figures(finished) if "loss" not in line]
     assert [line["step"] for line in lines] == [16, 32]
     names = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
     more = ("i2t_median_rank", "t2i_median_rank", "candidates", "chance_r1", "skipped")
@@ -134,31 +117,9 @@ def test_evaluate_gives_the_figures_of_the_run(finished: Path, tmp_path: Path) -
 # --- a cut changes nothing ---------------------------------------------------------------------------------
 
 
-def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in a nest of mappings and sequences, by its path."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield from tensors(each, f"{name}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for number, each in enumerate(value):
-            yield from tensors(each, f"{name}.{number}")
-
-
 def same_state(one: Path, other: Path) -> None:
-    """Parameters, buffers, optimizer state and momentum averages, bit by bit."""
-    weights, others = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
-    assert set(weights) == set(others)
-    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
-    files = sorted(path.relative_to(one) for path in one.rglob("*.pt"))
-    assert files == sorted(path.relative_to(other) for path in other.rglob("*.pt"))
-    assert len(files) >= 2
-    for file in files:
-        kept = dict(tensors(torch.load(one / file, weights_only=False)))
-        again = dict(tensors(torch.load(other / file, weights_only=False)))
-        assert set(kept) == set(again)
-        assert [name for name in kept if not torch.equal(kept[name], again[name])] == [], file
+    """Masters, buffers, optimizer state and momentum averages, bit by bit."""
+    equal(whole(one), whole(other))
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up(finished: Path, tmp_path: Path) -> None:
@@ -230,10 +191,10 @@ def test_a_cut_run_with_a_sharded_queue_and_dropped_layers(name: str, tmp_path: 
 def test_a_broken_checkpoint_is_gone_back_from(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    (out / "checkpoints" / f"step_{STEPS:08d}" / "weights.safetensors").write_bytes(b"short")
+    (out / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors").write_bytes(b"short")
     said = run_whole(1, out, *CUT)
     assert "going on after step 30" in said
-    warning = "weights.safetensors is missing or not"
+    warning = "rank_00000.safetensors is missing or not"
     assert warning in said
     assert warning in (out / "log.txt").read_text()
     assert figures(out) == figures(finished)
