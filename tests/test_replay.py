@@ -132,6 +132,24 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(poisoned: tuple[Path, str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ds", ["zero3", "zero2_offload"])
+def test_bad_steps_at_other_stages(tmp_path: Path, ds: str) -> None:
+    sample = small_runs.samples_of(3)[1]
+    data = small_runs.write_data(tmp_path / "data", {sample: HUGE})
+    recipe = small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, "steps=5", "data.micro_batch=1"])
+    out, file = tmp_path / "run", tmp_path / "found.json"
+    assert run_ranks(trained, 2, recipe, str(out), ds) == ["0", "0"]
+    (line,) = bad_steps(out)
+    assert line["step"] == 3
+    suspects = [suspect["key"] for each in line["micro_batches"] for suspect in each["suspects"]]
+    assert suspects == [f"{sample:04d}"]
+    assert run_ranks(replayed, 2, f"{out}:3", str(file)) == ["0", "0"]
+    found = json.loads(file.read_text())
+    assert [each["module"] is not None for each in found["micro_batches"]] == [False, False, True, False]
+    assert len(found["gradients"]) > 10
+
+
+@pytest.mark.slow
 def test_twenty_such_samples_end_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     data = small_runs.write_data(tmp_path / "data", {small_runs.samples_of(step)[0]: HUGE for step in range(5, 25)})
     recipe = small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, "steps=30", "checkpoint.every=100"])

@@ -166,7 +166,7 @@ def test_a_run_goes_back_before_a_spike_and_past_its_data(tmp_path: Path, world:
     options = [f"steps={STEPS}", "spikes.window=8", "spikes.factor=30"]
     goes_back = small_runs.write_recipe(tmp_path / "back.yaml", [*data, *options, "spikes.roll_back=true"])
     says_so = small_runs.write_recipe(tmp_path / "says.yaml", [*data, *options])
-    back, cut, left, warned = (tmp_path / name for name in ("back", "cut", "left", "warned"))
+    back, cut, left = (tmp_path / name for name in ("back", "cut", "left"))
     assert run_ranks(trained, world, goes_back, str(back), []) == ["0"] * world
     assert run_ranks(trained, world, goes_back, str(cut), [], 18) == ["KilledError: "] * world
     assert run_ranks(trained, world, goes_back, str(cut), []) == ["0"] * world
@@ -183,9 +183,6 @@ def test_a_run_goes_back_before_a_spike_and_past_its_data(tmp_path: Path, world:
     said = (back / "log.txt").read_text()
     assert f"spikes at step {SPIKE}: " in said
     assert "back at step 12; the samples at positions 48 to 55 are left out from now on (roll-back 1 of 3)" in said
-    assert run_ranks(trained, world, says_so, str(warned), []) == ["0"] * world
-    assert f"spikes at step {SPIKE}: " in (warned / "log.txt").read_text()
-    assert not (warned / "bad_steps.jsonl").exists()
 
 
 def test_a_spike_too_many_ends_the_run_at_its_last_good_checkpoint(tmp_path: Path) -> None:
@@ -201,3 +198,12 @@ def test_a_spike_too_many_ends_the_run_at_its_last_good_checkpoint(tmp_path: Pat
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == "step_00000012\n"
     small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, *options[:-1]])
     assert run_ranks(trained, 1, recipe, str(tmp_path / "out"), []) == ["0"]
+
+
+@pytest.mark.slow
+def test_by_default_a_spike_is_told_and_no_more(tmp_path: Path) -> None:
+    data = small_runs.write_data(tmp_path / "data", {small_runs.samples_of(SPIKE)[1]: 1e4})
+    recipe = small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, f"steps={STEPS}", "spikes.window=8"])
+    assert run_ranks(trained, 1, recipe, str(tmp_path / "out"), []) == ["0"]
+    assert f"the loss of task 'all' spikes at step {SPIKE}: " in (tmp_path / "out" / "log.txt").read_text()
+    assert not (tmp_path / "out" / "bad_steps.jsonl").exists()
