@@ -162,28 +162,10 @@ def test_a_cut_run_equals_one_in_one_go(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "world"),
-    [
-        *(("zero0", 1), ("zero1", 1), ("zero3", 1), ("fp32", 1), ("zero2_offload", 1), ("zero3_offload", 1)),
-        *(("zero1", 2), ("zero2", 2), ("zero3", 2)),
-    ],
-)
-def test_a_cut_run_equals_one_in_one_go_everywhere(name: str, world: int, tmp_path: Path) -> None:
-    way = ("--ds_config", f"ds_configs/{name}.json", "data.micro_batch=2")
-    run_whole(world, tmp_path / "whole", *CUT, *way)
-    cut_twice(world, tmp_path / "cut", *way)
-    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
-    same_state(*(tmp_path / each / "checkpoints" / f"step_{STEPS:08d}" for each in ("whole", "cut")))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_cut_run_with_a_sharded_queue_and_dropped_layers(name: str, tmp_path: Path) -> None:
-    queue = ("objectives.itc.queue_store=sharded", "objectives.itc.queue_dtype=bf16")
-    way = ("--ds_config", f"ds_configs/{name}.json", *queue, "momentum.drop_layers=0.5", "momentum.schedule=cosine")
-    run_whole(2, tmp_path / "whole", *CUT, *way)
-    cut_twice(2, tmp_path / "cut", *way)
+def test_a_cut_run_of_two_ranks_equals_one_in_one_go(tmp_path: Path) -> None:
+    """By the launchers that users have; `tests.faults` has every stage, more recipes and more ways to end."""
+    run_whole(2, tmp_path / "whole", *CUT)
+    cut_twice(2, tmp_path / "cut", *CUT)
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
     same_state(*(tmp_path / each / "checkpoints" / f"step_{STEPS:08d}" for each in ("whole", "cut")))
 
@@ -268,22 +250,21 @@ def test_ranks_and_micro_batches_leave_the_series_alone(tmp_path: Path) -> None:
 def test_any_number_of_ranks_at_any_stage(name: str, tmp_path: Path) -> None:
     expected, keys = words_series(tmp_path, 1, 8, fp32_of("zero0", tmp_path), steps=20)
     ds = fp32_of(name, tmp_path)
-    for world, micro_batch in [(1, 1), (2, 2), (2, 4), (4, 2), (4, 1)]:
+    for world, micro_batch in [(2, 2), (4, 1)]:
         found, found_keys = words_series(tmp_path, world, micro_batch, ds, steps=20)
         assert found == pytest.approx(expected, rel=1e-4)
         assert found_keys == keys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_stages_agree(world: int, precision: str, tmp_path: Path) -> None:
+def test_stages_agree(precision: str, tmp_path: Path) -> None:
     series = {}
     for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
         ds = fp32_of(name, tmp_path) if precision == "fp32" else f"{ROOT}/ds_configs/{name}.json"
         out = tmp_path / "runs" / name
         overrides = [*TINY, "steps=20"]
-        assert run_ranks(train_here, world, ds, "quickstart", str(out), overrides) == [DONE] * world
+        assert run_ranks(train_here, 2, ds, "quickstart", str(out), overrides) == [DONE, DONE]
         series[name] = losses(out)
         assert len(series[name]) == 20
         assert series[name] == pytest.approx(series["zero0"], rel=1e-4 if precision == "fp32" else 2e-2), name
