@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 
 from vlscale.data import tags as tag_data
 from vlscale.data.collate import RegionSample, Sample
-from vlscale.data.decode import MAX_PIXELS, Crop
+from vlscale.data.decode import MAX_PIXELS, Crop, Pixels
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Phrase, Texts
 from vlscale.data.regions import PLACES, Floats, Regions
@@ -55,8 +54,11 @@ class Assembler:
         self._fields = fields
         self._max_pixels = max_pixels
 
-    def __call__(self, i: int, views: Views, draw: Draw) -> Sample:
-        """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with."""
+    def __call__(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels] | None = None) -> Sample:
+        """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with.
+
+        `rooms`: where its picture is to lie, [S, S, 3] by view; in memory of its own where there is none.
+        """
         pair = self._pair(i, views, draw)
         phrase = self._phrase(pair.words, "caption", views, draw)
         ids, lost, segments = phrase.ids, phrase.lost, None
@@ -72,7 +74,7 @@ class Assembler:
             index=i,
             key=self._shards.key(i),
             text=text,
-            visual=self._pictures(pair.picture, views, draw) if views.visual else {},
+            visual=self._pictures(pair.picture, views, draw, rooms or {}) if views.visual else {},
             regions=seen,
             lost_words=lost,
             segments=segments,
@@ -113,14 +115,19 @@ class Assembler:
             raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), "has questions but no caption")
         return texts[int(draw(stream).integers(len(texts)))] if len(texts) > 1 else texts[0]
 
-    def _pictures(self, i: int, views: Views, draw: Draw) -> dict[str, NDArray[np.uint8]]:
+    def _pictures(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels]) -> dict[str, Pixels]:
         size = self._inputs.image_size
+        into = [rooms.get(name) for name in views.visual]
 
         def wanted(height: int, width: int) -> list[Crop]:
             return [view.crop(height, width, size, draw(f"visual.{name}")) for name, view in views.visual.items()]
 
-        parts = zip(views.visual.items(), crops(self._shards, i, wanted, self._max_pixels), strict=True)
-        return {name: view(part, draw(f"augment.{name}")) for (name, view), part in parts}
+        parts = zip(views.visual.items(), crops(self._shards, i, wanted, self._max_pixels, into), strict=True)
+        shown = {name: view(part, draw(f"augment.{name}")) for (name, view), part in parts}
+        for name, room in rooms.items():
+            if shown[name] is not room:
+                room[:] = shown[name]
+        return shown | dict(rooms)
 
     def _regions(self, i: int, views: Views, draw: Draw) -> RegionSample:
         assert self._inputs.geometry, "a family that reads regions says how their places are told"

@@ -35,7 +35,7 @@ class Sample:
     index: int  # its number in the data set, the `pair_id`
     key: str
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
-    visual: dict[str, Pixels]  # view -> uint8 [H, W, 3]
+    visual: Mapping[str, Pixels]  # view -> uint8 [H, W, 3]
     regions: RegionSample | None = None
     lost_words: int = 0  # of its text, for which there was no room
     segments: Ids | None = None  # [L]
@@ -50,12 +50,14 @@ def collate(
     task: str = "all",
     targets: bool = False,
     keep_ratio: Mapping[str, KeepRatio] | None = None,
+    squares: Mapping[str, Pixels] | None = None,
 ) -> Batch:
     """One micro-batch; `pad` is the id of [PAD]. Texts and regions are as many as the most of them.
 
-    `targets`: whether someone restores features. `keep_ratio`: the views whose pictures differ in shape.
+    `targets`: whether someone restores features. `keep_ratio`: the views whose pictures differ in shape. `squares`:
+    the pictures [B, S, S, 3] of views whose samples lie there already.
     """
-    shapes = keep_ratio or {}
+    shapes, filled = keep_ratio or {}, squares or {}
     first = samples[0]
     text = {view: pad_texts([sample.text[view] for sample in samples], pad) for view in first.text}
     segments = [sample.segments for sample in samples if sample.segments is not None]
@@ -63,7 +65,9 @@ def collate(
         padded = torch.from_numpy(_padded(segments, 0, np.int64))
         text = {view: each._replace(segments=padded) for view, each in text.items()}
     regions = [sample.regions for sample in samples if sample.regions is not None]
-    visual = {view: _pictures([sample.visual[view] for sample in samples], shapes.get(view)) for view in first.visual}
+    visual = {view: _shown(pictures) for view, pictures in filled.items()}
+    for view in [view for view in first.visual if view not in filled]:
+        visual[view] = _pictures([sample.visual[view] for sample in samples], shapes.get(view))
     return Batch(
         text=text,
         visual=stack_regions(regions, targets) if regions else visual,
@@ -89,7 +93,11 @@ def pad_texts(texts: Sequence[tuple[Ids, Ids | None]], pad: int) -> Text:
 
 def stack_pictures(pictures: Sequence[Pixels]) -> Visual:
     """uint8 [H, W, 3] each, of one size, to uint8 [B, 3, H, W], which lies in memory as [B, H, W, 3]."""
-    return Visual(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2))
+    return _shown(np.stack(pictures))
+
+
+def _shown(pictures: Pixels) -> Visual:
+    return Visual(torch.from_numpy(pictures).permute(0, 3, 1, 2))
 
 
 def _pictures(pictures: Sequence[Pixels], keep_ratio: KeepRatio | None) -> Visual:

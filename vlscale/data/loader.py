@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vlscale.data.assemble import Assembler
 from vlscale.data.batches import Batching
 from vlscale.data.collate import Sample, collate
-from vlscale.data.decode import MAX_PIXELS
+from vlscale.data.decode import MAX_PIXELS, Pixels
 from vlscale.data.order import Draws, Order, TaskOrder
 from vlscale.data.phrases import Texts
 from vlscale.data.samples import Bad, BrokenSampleError
@@ -91,6 +91,7 @@ class MicroBatches:
         self._shards, self._ahead = shards, ahead
         self._num_samples = len(shards)
         self._pad = tokenizer.pad
+        self._side = inputs.image_size
         self.working: MutableSequence[int] = [IDLE]  # of each worker, the sample that it is at
 
     def __call__(self, positions: Numbers, task: str) -> Loaded:
@@ -103,23 +104,35 @@ class MicroBatches:
         worker = get_worker_info()
         self._worker = worker.id if worker is not None else 0
         try:
-            places = zip(positions.tolist(), self._order(positions).tolist(), strict=True)
-            samples = [self._sample(position, index, views, draws, bad) for position, index in places]
-            batch = collate(samples, self._pad, task, "targets" in self._preprocessing.fields, views.keep_ratio())
+            squares = self._squares(len(positions), views)
+            places = zip(positions.tolist(), self._order(positions).tolist(), *squares.values(), strict=True)
+            samples = [
+                self._sample(position, index, views, draws, dict(zip(squares, rooms, strict=True)), bad)
+                for position, index, *rooms in places
+            ]
+            targets = "targets" in self._preprocessing.fields
+            batch = collate(samples, self._pad, task, targets, views.keep_ratio(), squares)
             return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
         except DataError as error:
             return Loaded(None, tuple(bad), str(error))
         finally:
             self.working[self._worker] = IDLE
 
-    def _sample(self, position: int, index: int, views: Views, draws: Draws, bad: list[Bad]) -> Sample:
+    def _squares(self, count: int, views: Views) -> dict[str, Pixels]:
+        """Memory for the pictures [count, S, S, 3] of each view that makes squares of them."""
+        shape = (count, self._side, self._side, 3)
+        return {name: np.empty(shape, np.uint8) for name, view in views.visual.items() if not view.keep_ratio}
+
+    def _sample(
+        self, position: int, index: int, views: Views, draws: Draws, rooms: Mapping[str, Pixels], bad: list[Bad]
+    ) -> Sample:
         """The sample `index` at `position`, or the next one that can be used; every try draws its partner anew."""
         for attempt in range(MAX_BROKEN_IN_A_ROW):
             again = f"/{attempt}" if attempt else ""
             self.working[self._worker] = (index + attempt) % self._num_samples
             try:
                 return self._assembler(
-                    (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again)
+                    (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again), rooms
                 )
             except BrokenSampleError as error:
                 bad.append(Bad(str(error.shard), error.key, error.reason))

@@ -66,10 +66,14 @@ def picture(shards: Shards, i: int) -> Pixels:
 
 
 def crops(
-    shards: Shards, i: int, wanted: Callable[[int, int], Sequence[Crop]], max_pixels: int = MAX_PIXELS
+    shards: Shards,
+    i: int,
+    wanted: Callable[[int, int], Sequence[Crop]],
+    max_pixels: int = MAX_PIXELS,
+    into: Sequence[Pixels | None] = (),
 ) -> list[Pixels]:
     """What is wanted of the picture of sample `i`, once its height and width are known: see `Encoded.crops`."""
-    return _picture(shards, i, max_pixels, lambda found: found.crops(wanted(found.height, found.width)))
+    return _picture(shards, i, max_pixels, lambda found: found.crops(wanted(found.height, found.width), into))
 
 
 def _picture(shards: Shards, i: int, max_pixels: int, use: Callable[[Encoded], T]) -> T:
