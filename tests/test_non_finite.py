@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.distributed.spawn import run_ranks
 from tests.models import albef_model, batch_for
+from tests.test_contracts import PAIRS, batch_of, built, short
 from vlscale import config, distributed, ds_config
 from vlscale.config import RunConfig
 from vlscale.engine import DeepSpeedEngine
@@ -147,6 +148,22 @@ def test_a_skipped_step_changes_nothing_at_any_stage(kind: str, world: int) -> N
 @pytest.mark.parametrize("kind", MODELS)
 def test_nor_in_plain_pytorch(kind: str) -> None:
     check_skip("local", "fp32", kind)
+
+
+@pytest.mark.parametrize(("family", "objective"), PAIRS, ids=short)
+def test_no_objective_ends_the_run_by_itself(family: ModuleType, objective: ModuleType) -> None:
+    """What is not a number reaches the gradients, where all ranks see it."""
+    _, model = built(family, objective)
+    batch = batch_of(model.family.config)  # type: ignore[arg-type]
+    views = {view: visual._replace(feats=visual.feats.float()) for view, visual in batch.visual.items()}
+    for visual in views.values():
+        for tensor in (visual.feats, visual.boxes, visual.targets):
+            if tensor is not None:
+                tensor[1] = torch.nan
+    made = model(replace(batch, visual=views), Moment(1))
+    model.total(made.losses, {}).backward()
+    norm = nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    assert not norm.isfinite()
 
 
 # --- who may have done it ----------------------------------------------------------------------------------

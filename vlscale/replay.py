@@ -20,7 +20,7 @@ from vlscale import build, config, distributed, ds_config, non_finite, train
 from vlscale.build import Request
 from vlscale.data.samples import printable
 from vlscale.errors import DONE, ConfigError
-from vlscale.run_folder import CONFIG
+from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
 from vlscale.targets import write_atomically
 from vlscale.types import Moment
 
@@ -42,7 +42,7 @@ def show(where: str, file: str | None) -> int:
     if step > run.steps:
         raise ConfigError(f"--replay {where}: the run has {run.steps} steps")
     with tempfile.TemporaryDirectory() as folder:
-        given = ds_config.load(str(out / "ds_config.json"))
+        given = ds_config.load(str(out / DS_CONFIG))
         free = ds_config.COUNTS if run.data.tokens is not None else ds_config.COUNTS[2:]  # ranks may be others
         ds = Path(folder) / "ds_config.json"
         ds.write_text(json.dumps({key: value for key, value in given.items() if key not in free}))
@@ -79,6 +79,8 @@ def _replay(request: Request, step: int) -> Found:
     if distributed.rank() == 0:
         source = f"{setting.begin.folder.name}, the newest checkpoint before it" if setting.begin else "the first step"
         print(f"replaying step {step} of {setting.out} from {source}: {step - start} step(s)", flush=True)
+        if (ranks := _ranks(setting.out)) not in (None, distributed.world_size()):
+            print(f"the run had {ranks} rank(s): here the samples are the same, the numbers nearly so", flush=True)
     plans, noted = distributed.StepPlans(), Noted()
     for number, micro_batches in loader.steps(start, step):
         if number < step:
@@ -104,6 +106,14 @@ def _replay(request: Request, step: int) -> Found:
             "gradients": _together([gradients for _, gradients in everyone]),
         }
     raise AssertionError("the loader serves every step")
+
+
+def _ranks(out: Path) -> int | None:
+    """Of the run's last start."""
+    try:
+        return int(json.loads((out / ENVIRONMENT).read_text())["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vlscale import __version__
 from vlscale.errors import ConfigError
 from vlscale.targets import write_atomically
 
-CONFIG = "config.yaml"
+CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HANGS = "hangs"  # what a hang left behind: `watchdog`
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
@@ -82,8 +82,8 @@ def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], ho
     out.mkdir(parents=True, exist_ok=True)
     _put_aside(out / HANGS)
     write_atomically(out / CONFIG, yaml.safe_dump(dict(configuration), sort_keys=False))
-    write_atomically(out / "ds_config.json", json.dumps(dict(ds), indent=2) + "\n")
-    write_atomically(out / "environment.json", json.dumps(_environment(hosts), indent=2) + "\n")
+    write_atomically(out / DS_CONFIG, json.dumps(dict(ds), indent=2) + "\n")
+    write_atomically(out / ENVIRONMENT, json.dumps(_environment(hosts), indent=2) + "\n")
 
 
 def _put_aside(folder: Path) -> None:
