@@ -99,10 +99,8 @@ class Harm:
 
 def _kill_a_worker() -> None:
     """The youngest process under this one that does work for it."""
-    workers = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if not any("resource_tracker" in word for word in process.cmdline())
-    ]
-    if workers:
-        workers[-1].kill()
+    for process in reversed(psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # a zombie
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                process.kill()
+                return

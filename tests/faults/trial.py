@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.faults import fault as faults_of
 from tests.faults import ranks, setting
-from tests.faults.fault import PHASES, Fault, Start
+from tests.faults.fault import EVERYONE, PHASES, Fault, Start
 from tests.faults.harm import BALLAST
 from tests.faults.ranks import Ended
 from tests.faults.setting import POISONED, STEPS, Setting
@@ -179,7 +179,8 @@ def _placed(fault: Fault, out: Path, reference: Reference) -> Fault:
     column = {"kill": 0, "disk": 1, "read": 2}.get(fault.kind)
     if column is None:
         return fault
-    most = max(row[column] for row in reference.counts)
+    rows = reference.counts if fault.rank == EVERYONE else [reference.counts[fault.rank]]
+    most = max(row[column] for row in rows)
     if column == 2:  # an undisturbed run reads nothing: some reads of a resume
         most, left = 12, 1.0
     return replace(fault, number=1 + int(fault.number * most * left))
