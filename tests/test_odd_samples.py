@@ -4,8 +4,9 @@ one sample per rank."""
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 
 from tests.distributed.spawn import run_ranks
-from tests.runs import launch
 from tests.shard_files import Members, write_tar
 from tests.test_recipes import NAMES, shrunk
-from vlscale import config
+from vlscale import config, plan
+from vlscale.build import Request
 from vlscale.config import RunConfig
 from vlscale.data.scenes.regions import FEATURES, NUM_ATTRIBUTES, NUM_CLASSES
-from vlscale.errors import VlscaleError
+from vlscale.errors import DONE, VlscaleError
 
 WORDS = (1, 512, 3, 40)  # of a caption
 REGIONS = (0, 1, 40, 5)
@@ -54,16 +55,23 @@ def odd_sample(number: int, feats: int = FEATURES, classes: int = NUM_CLASSES) -
     ]
 
 
+def dry_run(name: str, overrides: list[str]) -> str:
+    """What `--dry_run` prints."""
+    said = StringIO()
+    with redirect_stdout(said):
+        assert plan.show(Request(config.load(name, overrides), "ds_configs/zero2.json", None)) == DONE
+    return said.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(("_tiny", "quickstart"))])
 def test_a_dry_run_at_the_published_size(name: str, tmp_path: Path) -> None:
     family = config.load(name).family
     widths = (family.feats, family.classes) if family.inputs.regions else ()
     shard = write_tar(tmp_path / "few.tar", [member for n in range(8) for member in odd_sample(n, *widths)])
-    data = (f"data.train={shard}", f"data.val={shard}", "data.batch=8", "data.micro_batch=8")
-    done = launch("pretrain", "--recipe", name, "--dry_run", *data, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    planned = {line[:34].strip(): line[34:].strip() for line in done.stdout.splitlines()}
+    data = [f"data.train={shard}", f"data.val={shard}", "data.batch=8", "data.micro_batch=8"]
+    [said] = run_ranks(dry_run, 1, name, data, timeout=300)
+    planned = {line[:34].strip(): line[34:].strip() for line in said.splitlines()}
     assert float(planned["model TFLOPs per step"]) > 0.05
     assert int(planned["trainable, all"].replace(",", "")) > 1e7
 
