@@ -109,7 +109,7 @@ def test_evaluate_gives_the_figures_of_the_run(finished: Path, tmp_path: Path) -
     assert done.returncode == DONE, done.stderr
     assert "i2t_r1" in done.stdout
     found = json.loads(file.read_text())
-    last = metrics(finished)[-1]
+    last = figures(finished)[-1]
     assert found.pop("step") == last["step"]
     assert found == {key: value for key, value in last.items() if key != "step"}
 
@@ -137,7 +137,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up(finished: Path, tmp_path:
     listed["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
     (folder / "manifest.json").write_text(json.dumps({"files": listed}))
     run_whole(1, out, *CUT, "steps=34", "evaluation.every=8")
-    assert figures(out)[: len(lines)] == figures(finished)
+    assert figures(out)[: len(figures(finished))] == figures(finished)
 
 
 def cut_twice(world: int, out: Path, *arguments: str) -> None:
