@@ -263,6 +263,8 @@ class HostMemory:
             starts.append(size)
             size += -(-piece.values.nbytes // ALIGN) * ALIGN
         if size > self._room.numel():
+            if self._room.numel() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                _cuda().cudaHostUnregister(self._room.data_ptr())
             self._room = _host_memory(size)
         held = []
         for piece, start in zip(live, starts, strict=True):
@@ -293,6 +295,9 @@ def _host_memory(size: int) -> Tensor:
                 memory.madvise(getattr(mmap, advice))
     room = torch.frombuffer(memory, dtype=torch.uint8)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        cuda: Any = torch.cuda
-        cuda.cudart().cudaHostRegister(room.data_ptr(), size, 0)  # torch's own memory rounds up to a power of 2
+        _cuda().cudaHostRegister(room.data_ptr(), size, 0)  # torch's own memory rounds up to a power of 2
     return room
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
