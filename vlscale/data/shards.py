@@ -317,10 +317,8 @@ class Shards:
     def _read(self, members: _Members, spans: Mapping[str, Span]) -> dict[str, bytes]:
         if not spans:
             return {}
-        shard = members.shard
-        data = self._access.read(
-            self._origins[shard], bool(self._packed[shard]), list(spans.values()), members.around()
-        )
+        shard, around = members.shard, members.around() if self.remote else (0, 0)
+        data = self._access.read(self._origins[shard], bool(self._packed[shard]), list(spans.values()), around)
         return dict(zip(spans, data, strict=True))
 
     def fingerprint(self) -> str:

@@ -96,13 +96,20 @@ class Access:
 
         `around` is the sample that they lie in.
         """
-        with self._opened(origin, packed) as descriptor:
-            if descriptor is None:
-                return self._ranged(origin, spans, around)
-            with _reading(origin.url):
-                data = [os.pread(descriptor, size, offset) for offset, size in spans]
-        if any(len(part) < size for part, (_, size) in zip(data, spans, strict=True)):
-            raise DataError(f"shard {shown(origin.url)} became shorter after it was indexed; copy it again")
+        kept = not packed and not scheme(origin.url)
+        descriptor = self._file(origin) if kept else self._cached(origin, packed)
+        if descriptor is None:
+            return self._ranged(origin, spans, around)
+        try:
+            data = [os.pread(descriptor, size, offset) for offset, size in spans]
+        except OSError as error:
+            raise _unreadable(origin.url, error) from error
+        finally:
+            if not kept:
+                os.close(descriptor)
+        for part, (_, size) in zip(data, spans, strict=True):
+            if len(part) < size:
+                raise DataError(f"shard {shown(origin.url)} became shorter after it was indexed; copy it again")
         return data
 
     def prefetch(self, origin: Origin, packed: bool) -> None:
@@ -279,8 +286,10 @@ class _OpenFiles:
             with _reading(origin.url):
                 descriptor = os.open(origin.url, os.O_RDONLY | os.O_CLOEXEC)
             self._open[origin.url] = descriptor
-        with _reading(origin.url):
+        try:
             status = os.fstat(descriptor)
+        except OSError as error:
+            raise _unreadable(origin.url, error) from error
         if status.st_size < origin.stat.size:
             raise DataError(f"shard {origin.url} became shorter after it was indexed; copy it again")
         if _state(status) != origin.stat:
@@ -331,8 +340,11 @@ def _reading(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"shard {shown(url)} cannot be read ({error.strerror}); mend its path, rights or disk"
-        raise DataError(reason) from error
+        raise _unreadable(url, error) from error
+
+
+def _unreadable(url: str, error: OSError) -> DataError:
+    return DataError(f"shard {shown(url)} cannot be read ({error.strerror}); mend its path, rights or disk")
 
 
 def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
