@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -78,9 +77,8 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130  # as a shell shows it
     except Exception as error:
-        if _is_consequence(error):
-            _let_others_speak(error)
-        sys.excepthook(type(error), error, error.__traceback__)
+        if not (_is_consequence(error) and _others_speak(error)):
+            sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -108,13 +106,17 @@ def _is_consequence(error: BaseException) -> bool:
     return several and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
-def _let_others_speak(error: Exception) -> None:
-    """The launcher takes the first rank's end for the reason; it ends us too, or nobody else failed."""
+def _others_speak(error: Exception) -> bool:
+    """Whether the launcher has told us to stop, for another rank's end; else it ends us here, or nobody else failed."""
+    from vlscale import stop
+
     rank, found = os.environ.get("RANK", "0"), LOST.search(str(error))
     said = f"rank {rank} ends too: it lost another rank ({found and found.group()})"
     print(said, file=sys.stderr, flush=True)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(CONSEQUENCE)
+    until = time.monotonic() + CONSEQUENCE
+    while not (told := stop.requested()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return told
 
 
 def _leave(code: int) -> NoReturn:

@@ -117,6 +117,12 @@ class StopGuard:
                 self._launcher.tell_siblings()
 
 
+def requested() -> bool:
+    """Whether this process has been asked to stop."""
+    guard = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return isinstance(guard, StopGuard) and guard.requested
+
+
 class Launcher:
     """The processes that started this rank and must outlive it; empty for a program started by a person."""
 
