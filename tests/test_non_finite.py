@@ -27,12 +27,14 @@ from vlscale.nn import moving
 from vlscale.non_finite import Window, message, suspicions
 from vlscale.objectives import itm, mlm, mvm
 from vlscale.options import NonFiniteConfig
+from vlscale.pieces import Reader, file_of, write
 from vlscale.train import one_step
 from vlscale.types import Batch, Moment, Visual
 
 FILES = Path(__file__).parent.parent / "ds_configs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 MICRO_BATCHES = 2  # per rank and step
+HYPER = ("optim.warmup=0", "steps=10", "momentum.coefficient=0.9", "optim.lr=0.001", "optim.scale={}")
 State = dict[str, Tensor]
 
 
@@ -100,9 +102,7 @@ def moved(one: State, other: State) -> list[str]:
 
 def check_skip(name: str, precision: str, kind: str) -> None:
     """Steps 1 and 3 end as steps 1 to 3 do if 2 is poisoned, which itself moves nothing."""
-    run = config.load(
-        "quickstart", ["optim.warmup=0", "steps=10", "momentum.coefficient=0.9", "optim.lr=0.001", "optim.scale={}"]
-    )
+    run = config.load("quickstart", HYPER)
     ends, norms = [], []
     for poisoned in (True, False):
         model, shape = MODELS[kind]()
@@ -131,6 +131,36 @@ def check_all(cases: tuple[tuple[str, str], ...], kind: str) -> None:
         check_skip(name, precision, kind)
 
 
+def check_going_back(root: str, name: str, precision: str, kind: str) -> None:
+    """An engine that has gone on takes up an earlier state as a new one does."""
+    run = config.load("quickstart", HYPER)
+    model, shape = MODELS[kind]()
+    machine, plans = engine_of(name, precision, model, run), distributed.StepPlans()
+    folder, ends = Path(root) / f"{name} {precision}", []
+
+    def make(*steps: int) -> None:
+        for step in steps:
+            one_step(run, model, machine, plans, step, micro_batches(shape, step, poisoned=step == 3))
+
+    make(1, 2)
+    folder.mkdir(exist_ok=True)
+    with (folder / file_of(distributed.rank())).open("wb") as file:
+        write(file, machine.pieces())
+    scalars = machine.scalars()
+    distributed.barrier()
+    for _ in range(2):
+        make(3, 4, 5)
+        ends.append(state_of(machine))
+        make(6)
+        machine.restore(Reader(folder), scalars)
+    assert not moved(*ends), (name, precision, kind, moved(*ends))
+
+
+def check_all_going_back(root: str, cases: tuple[tuple[str, str], ...], kind: str) -> None:
+    for name, precision in cases:
+        check_going_back(root, name, precision, kind)
+
+
 ALL = tuple((name, precision) for name in STAGES for precision in ("fp32", "bf16"))
 FEW = (("zero0", "fp32"), ("zero1", "bf16"), ("zero3", "bf16"), ("zero2_offload", "bf16"))
 
@@ -143,6 +173,19 @@ def test_a_skipped_step_changes_nothing() -> None:
 @pytest.mark.parametrize(("kind", "world"), [("twin and queues", 2), ("dictionary", 1)])
 def test_a_skipped_step_changes_nothing_at_any_stage(kind: str, world: int) -> None:
     run_ranks(check_all, world, tuple(set(ALL) - set(FEW)) if world > 1 else ALL, kind, timeout=240.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "cases"),
+    [
+        ("twin and queues", 2, (("zero3", "bf16"),)),
+        pytest.param("twin and queues", 2, ALL, marks=pytest.mark.slow),
+        pytest.param("dictionary", 1, FEW, marks=pytest.mark.slow),
+    ],
+    ids=["few", "all", "dictionary"],
+)
+def test_a_live_engine_goes_back(tmp_path: Path, kind: str, world: int, cases: tuple[tuple[str, str], ...]) -> None:
+    run_ranks(check_all_going_back, world, str(tmp_path), cases, kind, timeout=300.0)
 
 
 @pytest.mark.parametrize("kind", MODELS)
