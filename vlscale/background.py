@@ -206,17 +206,19 @@ class Saver:
         files = {pieces.file_of(rank): listed for rank, listed in enumerate(everyone)}
         seconds = time.perf_counter() - save.began
         writing = {"bytes": save.bytes, "stall_seconds": save.stall, "seconds": seconds}
-        try:
-            if not failure:
+        if not failure:
+            try:
                 self._target.commit(save.step, files, {**save.state, "writing": writing})
-                save.seconds = time.perf_counter() - save.began
-                self._target.prune(save.step, self._options.keep, self._options.keep_every)
-                return ""
-        except OSError as error:
-            failure = str(error)
-        failure += f"; {self._target.room()}"
-        self._target.discard(save.step)
-        return failure
+            except OSError as error:
+                failure = str(error)
+        save.seconds = time.perf_counter() - save.began
+        if failure:
+            room = self._target.room()
+            self._target.discard(save.step)
+            return f"{failure}; {room}"
+        with suppress(OSError):  # what cannot be removed harms nobody
+            self._target.prune(save.step, self._options.keep, self._options.keep_every)
+        return ""
 
     def _over(self, save: _Save, failure: str, last: bool) -> None:
         self._failures = self._failures + 1 if failure else 0

@@ -50,6 +50,8 @@ def show(request: Request) -> int:
         print("\ncheckpoints")
         print(f"  {'one':32} {size / 2**20:>12.1f} MiB")
         print(f"  {'on disk at most':32} {at_most(size, run.checkpoint, run.steps) / 2**20:>12.1f} MiB")
+        if run.checkpoint.background:
+            print(f"  {'host memory per rank, for a copy':32} {size / world / 2**20:>12.1f} MiB")
         samples = len(setting.train)
         print("\nwork")
         print(f"  {'samples per step':32} {run.data.batch:>12,}")

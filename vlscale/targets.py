@@ -120,7 +120,8 @@ class Folder:
                 write_atomically(self.root / LATEST, step_name(before[-1]) + "\n")
             self._remove(final)
         partial.rename(final)
-        _sync(self.root)
+        for folder in (self.root, self.root.parent):
+            _sync(folder)
         write_atomically(self.root / LATEST, final.name + "\n")
 
     def discard(self, step: int) -> None:
@@ -148,10 +149,11 @@ class Folder:
 
     def room(self) -> str:
         """See `Target.room`."""
-        folder = self.root
-        while not folder.exists():
-            folder = folder.parent
-        return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free"
+        try:
+            folder = next(each for each in (self.root, *self.root.absolute().parents) if each.exists())
+            return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free"
+        except OSError as error:
+            return f"how much is free cannot be told ({error.strerror})"
 
     def _partial(self, step: int) -> Path:
         return self.root / f".{step_name(step)}.partial"
