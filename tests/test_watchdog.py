@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,18 +14,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from tests import runs
 from tests.distributed import spawn
+from tests.runs import TINY
 from vlscale import distributed, run_folder
 from vlscale import watchdog as watchdog_module
 from vlscale.collectives import Collectives
-from vlscale.errors import TrainingError
+from vlscale.errors import DataError, TrainingError
 from vlscale.options import WatchdogConfig
 from vlscale.watchdog import Report, Watchdog, patience, verdict
 
-LIMIT, GRACE = 1.0, 2.0  # seconds
+LIMIT, GRACE, REAL_LIMIT = 1.0, 2.0, 6  # seconds
 HUNG = TrainingError.exit_code
 
 
@@ -252,3 +257,62 @@ def test_torch_is_left_as_it_was() -> None:
     with Watchdog(WatchdogConfig(start=0, step=0), None):
         assert dist.all_reduce is not before[0]
     assert (dist.all_reduce, dist.all_gather_object) == before
+
+
+LAUNCHERS = {
+    "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"],
+}
+
+
+class Launch:
+    """A run of real processes, of which one rank comes to harm in step 3, to its end."""
+
+    def __init__(self, launcher: str, harm: str, out: Path) -> None:
+        command = [*LAUNCHERS[launcher], f"--master_port={spawn.free_port()}", "tests/harmed.py", "--out", str(out)]
+        options = (*TINY, "steps=5", "data.workers=1", f"watchdog.step={REAL_LIMIT}")
+        environment = {**runs.environment(), "HARM": f"{harm}:1:3"}
+        started: set[psutil.Process] = set()
+        with (out.parent / "said.txt").open("wb") as said:
+            process = subprocess.Popen(
+                [*command, *options], cwd=runs.ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
+            )
+            end = time.monotonic() + 200
+            while process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(psutil.Error):
+                    started |= set(psutil.Process(process.pid).children(recursive=True))
+                time.sleep(0.2)
+        self.seconds = time.time() - (out / "metrics.jsonl").stat().st_mtime  # since step 2
+        self.code = process.returncode
+        self.said = (out.parent / "said.txt").read_text()
+        self.left = psutil.wait_procs(started, timeout=5)[1]
+        for each in self.left:
+            each.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "code"), [("deepspeed", HUNG), ("torchrun", 1)])  # torchrun has a code of its own
+def test_a_hang_of_a_real_run(launcher: str, code: int, tmp_path: Path) -> None:
+    launch = Launch(launcher, "sleep", tmp_path / "run")
+    assert launch.code == code, launch.said
+    assert launch.seconds < REAL_LIMIT + 10 + 5  # the launchers look once a second, and take their time to go
+    assert launch.left == []
+    sentence = (tmp_path / "run" / "hangs" / "verdict.txt").read_text()
+    assert "behind is rank 1 (" in sentence
+    assert launch.said.count(sentence) == 1
+    assert sentence in (tmp_path / "run" / "log.txt").read_text()
+    for rank, where in enumerate(("all_reduce", "sleep")):
+        text = (tmp_path / "run" / "hangs" / f"rank_{rank:05d}.txt").read_text()
+        assert f" in {where}" in text
+        assert "_watch" in text
+        assert "loader worker 0 " in text
+
+
+@pytest.mark.slow
+def test_the_rank_that_failed_speaks_first(tmp_path: Path) -> None:
+    launch = Launch("deepspeed", "data", tmp_path / "run")
+    assert launch.code == DataError.exit_code, launch.said
+    said = launch.said.index("harmed.py: the shard of this rank alone is unreadable")
+    assert said < launch.said.index("rank 0 ends too: it lost another rank (Connection ")
+    assert "Traceback" not in launch.said
+    assert launch.left == []

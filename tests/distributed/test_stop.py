@@ -168,7 +168,6 @@ def test_the_deepspeed_process_is_ended(launched: Launched, target: str, number:
     [
         ("top", signal.SIGINT, {-signal.SIGINT, 1, 130}, True),
         ("launch", signal.SIGTERM, {1, STOPPED}, True),
-        ("launch", signal.SIGINT, {1, STOPPED}, True),
         ("launch", signal.SIGKILL, {0}, True),  # deepspeed itself hides how its launcher died
         ("rank_0", signal.SIGTERM, {STOPPED}, True),
         ("rank_1", signal.SIGUSR1, {STOPPED}, True),
