@@ -123,6 +123,15 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(poisoned: tuple[Path, str
     )
     assert replayed(f"{out}:0", file).endswith("should be a run folder and a step, such as runs/mine:1234")
     assert replayed(f"{out}:9", file) == f"2: --replay {out}:9: the run has 8 steps"
+    later = tmp_path / "later"
+    shutil.copytree(out, later, ignore=shutil.ignore_patterns("step_*[024]"))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (later / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] > 4))
+    (said,) = run_ranks(replayed, 1, f"{later}:6", file)
+    assert said == (
+        f"5: {later} went on from another run's checkpoint at step 5 and has none of its own before step 6; "
+        "replay a later step"
+    )
     broken = tmp_path / "run"
     shutil.copytree(out, broken)
     for state in broken.glob("checkpoints/*/state.json"):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlscale import build, config, distributed, ds_config, non_finite, train
 from vlscale.build import Request
 from vlscale.data.samples import printable
-from vlscale.errors import DONE, ConfigError
+from vlscale.errors import DONE, CheckpointError, ConfigError
+from vlscale.monitor import METRICS
 from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
 from vlscale.targets import write_atomically
 from vlscale.types import Moment
@@ -35,7 +36,7 @@ def show(where: str, file: str | None) -> int:
 
     Raises:
         ConfigError: there is no such run, or no such step in it.
-        CheckpointError: its checkpoints are all broken.
+        CheckpointError: its checkpoints are all broken, or it goes on from another run's and has none so early.
     """
     out, step = parse(where)
     run = config.load(str(out / CONFIG))
@@ -76,6 +77,11 @@ def _replay(request: Request, step: int) -> Found:
     start = setting.begin.step if setting.begin else 0
     if setting.begin:
         setting.begin.restore(machine)
+    elif (first := _first_step(setting.out)) > 1:
+        raise CheckpointError(
+            f"{setting.out} went on from another run's checkpoint at step {first} and has none of its own before step "
+            f"{step}; replay a later step"
+        )
     if distributed.rank() == 0:
         source = f"{setting.begin.folder.name}, the newest checkpoint before it" if setting.begin else "the first step"
         print(f"replaying step {step} of {setting.out} from {source}: {step - start} step(s)", flush=True)
@@ -106,6 +112,15 @@ def _replay(request: Request, step: int) -> Found:
             "gradients": _together([gradients for _, gradients in everyone]),
         }
     raise AssertionError("the loader serves every step")
+
+
+def _first_step(out: Path) -> int:
+    """The first that the run logged; 1 of a run that began at the beginning."""
+    try:
+        with (out / METRICS).open() as lines:
+            return int(json.loads(lines.readline())["step"])
+    except (OSError, ValueError):
+        return 1
 
 
 def _ranks(out: Path) -> int | None:
