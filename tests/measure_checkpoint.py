@@ -1,8 +1,8 @@
 """`python -m tests.measure_checkpoint [--rounds N]`: how long a run waits for a checkpoint, beside a synchronous save.
 
 Two processes train a recipe (SigLIP ViT-B/16: 203 M parameters) on the embedded pictures. Each round saves once in the
-foreground and once in the background, interleaved; the next steps are made meanwhile. Medians over rounds, of the
-slowest rank.
+foreground and once in the background, interleaved; with `--train` the next steps are made meanwhile. Medians over
+rounds, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ def main() -> None:
     parser.add_argument("--recipe", default="siglip_vit_b16")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json")
     parser.add_argument("--out", default=None, help="a folder on the disk to measure; default: the temporary one")
+    parser.add_argument("--train", action="store_true", help="steps while it is written, and one without")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     out = Path(tempfile.mkdtemp(dir=given.out))
     try:
         everyone = run_ranks(
-            measure, given.ranks, given.recipe, given.ds_config, given.overrides, out, given.rounds, timeout=1500
+            measure,
+            given.ranks,
+            *(given.recipe, given.ds_config, given.overrides, out, given.rounds, given.train),
+            timeout=1500,
         )
     finally:
         shutil.rmtree(out)
@@ -53,7 +57,9 @@ def _rounds(everyone: list[Any]) -> list[Any]:
     return [rounds for _, _, rounds in everyone]
 
 
-def measure(recipe: str, ds_config: str, overrides: list[str], out: Path, rounds: int) -> tuple[int, int, list[Any]]:
+def measure(
+    recipe: str, ds_config: str, overrides: list[str], out: Path, rounds: int, training: bool
+) -> tuple[int, int, list[Any]]:
     """On each rank: parameters, bytes of a checkpoint, and per round the seconds of `FIGURES`."""
     from vlscale import build, config, distributed, train
     from vlscale.background import Saved, Saver
@@ -87,13 +93,14 @@ def measure(recipe: str, ds_config: str, overrides: list[str], out: Path, rounds
     background.reserve(machine.pieces())
     found = []
     for number in range(rounds):
-        alone = step()
+        alone = step() if training else 0.0
         distributed.barrier()
         synchronous = timed(foreground, 2 * number + 1)
         distributed.barrier()
         stall, meanwhile = timed(background, 2 * number + 2), list[float]()
         while background.busy:
-            meanwhile.append(step())
+            meanwhile.append(step() if training else 0.0)
+            time.sleep(0.02)
             (behind,) = vote.agreed(-background.halves)
             background.go_on(-behind)
         total = told[-1].seconds if told else 0.0
