@@ -123,6 +123,12 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(poisoned: tuple[Path, str
     )
     assert replayed(f"{out}:0", file).endswith("should be a run folder and a step, such as runs/mine:1234")
     assert replayed(f"{out}:9", file) == f"2: --replay {out}:9: the run has 8 steps"
+    for arguments, says in (
+        (("--replay", f"{out}:6", "seed=2"), "'seed=2' cannot be changed here; the run's own configuration counts"),
+        (("--json", file), "--json goes with --replay; a run's figures are in its metrics.jsonl"),
+    ):
+        done = launch("pretrain", *arguments)
+        assert (done.returncode, done.stderr) == (2, f"pretrain.py: {says}\n")
     later = tmp_path / "later"
     shutil.copytree(out, later, ignore=shutil.ignore_patterns("step_*[024]"))
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
