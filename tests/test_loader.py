@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,36 @@ def test_nothing_is_left_behind_when_closed(shards: Shards, tokenizer: Tokenizer
         steps.close()
         assert multiprocessing.active_children() == []
         assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+class Stuck(Shards):
+    """Nothing comes of sample 5 before somebody writes into `waiting` beside the shards."""
+
+    def read(self, i: int, only: Collection[str] | None = None) -> dict[str, bytes]:
+        if i == 5:
+            (Path(self.paths[0]).parent / "waiting").read_bytes()
+        return super().read(i, only)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_that_hangs_is_known_by_its_sample(tokenizer: Tokenizer, workers: int, tmp_path: Path) -> None:
+    stuck = Stuck(write_samples(tmp_path / "shards", COUNT, 7, {}), tmp_path / "cache")
+    waiting = tmp_path / "shards" / "waiting"
+    os.mkfifo(waiting)
+    loader = make_loader(stuck, tokenizer, workers=workers)
+    assert loader.working()[0].endswith(" idle")
+    steps = loader.steps(0, 2)
+    reader = threading.Thread(target=next, args=(steps,), daemon=True)
+    reader.start()
+    who = "loader worker 0" if workers else "the loader's thread"
+    expected = [f"{who} at sample {stuck.key(5)} of {stuck.shard(5)}"]
+    end = time.monotonic() + 60
+    while loader.working() != expected and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    assert loader.working() == expected
+    waiting.write_bytes(b"")  # it goes on
+    reader.join(60)
 
 
 def test_workers_are_out_of_the_process_group(shards: Shards, tokenizer: Tokenizer) -> None:
