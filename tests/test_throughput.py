@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
-from vlscale.throughput import StepClock
+from vlscale import distributed
+from vlscale.throughput import IN_A_ROW, StepClock, Stragglers
 from vlscale.types import Batch, Text, Visual
 
 
@@ -81,3 +82,40 @@ def test_ranks_agree() -> None:
     assert first["padding_fraction"] == 0.5
     assert (first["truncated_fraction"], first["truncated_words"]) == (2 / 5, 8)
     assert first["tokens_per_second"] == pytest.approx(8 / first["seconds_per_step"])
+
+
+def own_part(seconds: float, collectives: float) -> dict[str, float | int | None]:
+    """Of a rank whose step took `seconds` of its own besides those in collectives; rank 1's takes longer."""
+    inside = 0.0
+
+    def measured() -> float:
+        return inside
+
+    clock = StepClock(torch.device("cpu"), measured)
+    time.sleep(seconds * (1 + 3 * distributed.rank()))
+    inside += collectives * (1 - distributed.rank())
+    time.sleep(collectives * (1 - distributed.rank()))
+    clock.step([batch(4, 8)])
+    return clock.read(ranks=2, flops=0.0, peak=None)
+
+
+def test_the_rank_that_keeps_the_others_waiting_is_found() -> None:
+    """Both ranks' steps last the same: what one spends on its own, the other waits for."""
+    for found in run_ranks(own_part, 2, 0.1, 0.3):
+        assert found["straggler/rank"] == 1
+        assert found["straggler/max_over_median"] > 2  # 4, but for what a busy machine takes of both
+
+
+def line(rank: int, ratio: float, seconds: float = 1.0) -> dict[str, float]:
+    return {"straggler/rank": rank, "straggler/max_over_median": ratio, "seconds_per_step": seconds}
+
+
+def test_a_rank_is_named_once_when_it_stays_behind() -> None:
+    judge = Stragglers().judge
+    assert [bool(judge(line(3, 1.8))) for _ in range(IN_A_ROW + 3)] == [n == IN_A_ROW for n in range(1, IN_A_ROW + 4)]
+    assert [judge(line(n % 2, 2.0)) for n in range(20)] == [""] * 20  # now this one, now that
+    assert [judge(line(1, 1.4)) for _ in range(20)] == [""] * 20
+    assert [judge(line(1, 9.0, seconds=0.01)) for _ in range(20)] == [""] * 20  # nobody minds
+    for _ in range(IN_A_ROW - 1):
+        judge(line(2, 1.6))
+    assert judge(line(2, 1.7)).startswith("rank 2 keeps the others waiting: in 5 logged steps in a row")
