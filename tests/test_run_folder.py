@@ -102,6 +102,12 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
             run_folder.check(folder, tree(), "auto")
 
 
+def test_what_an_early_end_left_is_no_other_run(tmp_path: Path) -> None:
+    (tmp_path / "hangs").mkdir()
+    (tmp_path / ".config.yaml.partial").write_text("reci")
+    run_folder.check(tmp_path, tree(), "auto")
+
+
 def test_a_broken_config_is_a_sentence(out: Path) -> None:
     (out / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -51,7 +51,8 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         ConfigError: it holds another run (names the keys that differ), or any run with `--resume never`.
     """
     if not (out / CONFIG).is_file():
-        if out.exists() and (not out.is_dir() or any(not each.name.startswith(HANGS) for each in out.iterdir())):
+        early = (HANGS, f".{CONFIG}.")  # what is left of a start that was ended before it had written any
+        if out.exists() and (not out.is_dir() or any(not each.name.startswith(early) for each in out.iterdir())):
             raise ConfigError(f"--out {out} exists and is not a run folder; give another one")
         return
     if resume == "never":
