@@ -196,6 +196,29 @@ def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
         assert {bad.key for bad in made.bad} <= {"s7"}
 
 
+@pytest.mark.parametrize("side", [24, 16])  # of the model's pictures: as the shards', and smaller
+def test_a_micro_batch_holds_each_samples_own_picture(tmp_path: Path, side: int) -> None:
+    """What is drawn in the batch's memory is what a sample alone has, though one was broken and the next took over."""
+    inputs = Inputs(side, 12, True)
+    shards = shards_of(tmp_path, {1: [("s1.png", png(1)[:40]), ("s1.json", b'{"caption": "a thing"}')]})
+    crop = {"random_resized_crop": {}}
+    changed = crop | {"color_jitter": {}, "flip": {"prob": 0.5}, "rand_augment": {}}
+    views = parse({"visual.clean": {}, "visual.masked": crop, "visual.augmented": changed, "text.clean": {}})
+    tokenizer = make_tokenizer(tmp_path, inputs)
+    make = MicroBatches(
+        shards, tokenizer, inputs, Preprocessing({"all": views}, TaskOrder({"all": 1.0}, 0), 3), lambda places: places
+    )
+    made = make(np.arange(COUNT), "all")
+    assert made.batch is not None
+    assert made.batch.keys == ("s0", "s2", "s2", "s3", "s4", "s5")
+    alone = Assembler(shards, inputs, tokenizer, Texts(shards, tokenizer, 0, None), frozenset())
+    for place, number in enumerate([0, 2, 2, 3, 4, 5]):
+        again = "/1" if place == 1 else ""
+        sample = alone(number, views, lambda stream, place=place, again=again: Draws(3)(place, stream + again))
+        for view, pixels in sample.visual.items():
+            assert np.array_equal(made.batch.visual[view].feats[place].permute(1, 2, 0).numpy(), pixels)
+
+
 def test_tags_of_objects(tmp_path: Path) -> None:
     special = {
         0: members(0, tags=None, objects=[{"name": "red"}, {"label": "blue", "box": [0, 0, 1, 1]}]),

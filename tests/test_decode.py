@@ -149,6 +149,17 @@ def test_a_crop_at_a_coarser_scale_stays_in_its_place(factor: int) -> None:
         assert abs(part[32, :, 0].astype(int).sum() - expected[32, :, 0].astype(int).sum()) <= 255 * 0.6
 
 
+@pytest.mark.parametrize("size", [(64, 64), (50, 40), (30, 30), (20, 24), (100, 90)])
+def test_a_crop_can_be_written_where_one_wants_it(size: tuple[int, int]) -> None:
+    """Whichever filter makes it."""
+    found, crop = Encoded(jpeg(photo(64, 64))), Crop(0, 0, 64, 64, size)
+    room = np.zeros((2, *size, 3), dtype=np.uint8)
+    (shown,) = found.crops([crop], [room[1]])
+    assert np.array_equal(room[1], found.crops([crop])[0])
+    assert np.shares_memory(shown, room)
+    assert not room[0].any()
+
+
 def test_pixels_do_not_share_memory_with_the_picture() -> None:
     found = Encoded(jpeg(photo(64, 64)))
     one, other = found.crops([Crop(0, 0, 64, 64, (64, 64))] * 2)
