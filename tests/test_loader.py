@@ -246,8 +246,7 @@ def test_a_worker_that_hangs_is_known_by_its_sample(tokenizer: Tokenizer, worker
     os.mkfifo(waiting)
     loader = make_loader(stuck, tokenizer, workers=workers)
     assert loader.working()[0].endswith(" idle")
-    steps = loader.steps(0, 2)
-    reader = threading.Thread(target=next, args=(steps,), daemon=True)
+    reader = threading.Thread(target=list, args=(loader.steps(0, -(-COUNT // BATCH)),), daemon=True)  # an epoch
     reader.start()
     who = "loader worker 0" if workers else "the loader's thread"
     expected = [f"{who} at sample {stuck.key(5)} of {stuck.shard(5)}"]
