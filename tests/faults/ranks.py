@@ -32,7 +32,7 @@ COUNTS = 4  # numbers that a rank tells the harness: those of `Disk`, and the st
 GRACE = 1.0  # seconds that the others have when a rank has failed, before a launcher would send SIGTERM
 PATIENCE = 6.0  # seconds from that SIGTERM to a SIGKILL
 TIMEOUT = 150.0  # seconds for a whole start on a busy machine
-AFTER = 10.0  # seconds after which no process of an ended start may be left
+AFTER = 30.0  # seconds after which no process of an ended start may be left
 DIE_WITH_PARENT, ADOPT = 1, 36  # PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER
 
 

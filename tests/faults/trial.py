@@ -25,6 +25,7 @@ from vlscale.errors import DONE, STOPPED, CheckpointError, DataError, TrainingEr
 EARLY = 0.12  # share of the signals that come before the first step
 TMPFS = "64m"  # a file system of its own, for the trials that fill it
 AT_STEP = ("full", "clock", "slow", "worker")
+GARBLED = (b"", b"step_", b"\0" * 14, b"step_99999999\n")
 DAMAGES = ("flip", "truncate", "latest")
 ENDS = {  # of a start that was not killed, by what went wrong in it besides
     "stop": {DONE, STOPPED},
@@ -218,7 +219,7 @@ def _damaged(fault: Fault, out: Path, reached: int) -> int:
         return reached
     rng = random.Random(str(fault.number))
     if fault.kind == "latest":
-        (out / "checkpoints" / "latest").write_bytes(rng.choice((b"", b"step_", b"\0" * 14, b"step_99999999\n")))
+        (out / "checkpoints" / "latest").write_bytes(rng.choice(GARBLED))
         return reached
     file = rng.choice(sorted(path for path in found[-1].rglob("*") if path.is_file() and path.stat().st_size))
     size = file.stat().st_size
@@ -243,13 +244,16 @@ def usable(path: str) -> int:
         CheckpointError: there is something, and it is not usable.
     """
     from vlscale import checkpoint
+    from vlscale.targets import Folder
 
     out = Path(path)
     latest = out / "checkpoints" / "latest"
     if not latest.is_file():
         return 0
-    named = checkpoint.open_checkpoint(latest.parent / latest.read_text().strip())
-    return named.step
+    if latest.read_bytes() in GARBLED:  # by us, and no save has come since
+        found = checkpoint.newest(Folder(latest.parent))
+        return found.step if found else 0
+    return checkpoint.open_checkpoint(latest.parent / latest.read_text().strip()).step
 
 
 def differing(path: str, reference: str) -> list[str]:
