@@ -28,8 +28,8 @@ from vlscale.pieces import Piece, Reader
 from vlscale.state import Span, State
 from vlscale.types import Batch, Moment, Pass
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of DeepSpeed
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what moves in a dynamic one
+COUNTERS = frozenset({"global_steps", "global_samples", "skipped_steps"})  # of DeepSpeed
+LOSS_SCALE = frozenset({"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"})  # what moves in a dynamic one
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,11 @@ class DeepSpeedEngine(TwinEngine):
 
     def scalars(self) -> dict[str, Any]:
         """See `Engine.scalars`."""
-        counted = {name: getattr(self._ds, name) for name in COUNTERS}
-        scaler = self._scaler() if self._fp16 else {}
-        return {"deepspeed": counted, "loss_scale": {name: scaler[name] for name in LOSS_SCALE if name in scaler}}
+        scaler = self._scaler()
+        return {
+            "deepspeed": {name: getattr(self._ds, name) for name in sorted(COUNTERS)},
+            "loss_scale": {name: scaler[name] for name in sorted(LOSS_SCALE & scaler.keys())},
+        }
 
     @torch.no_grad()
     def restore(self, reader: Reader, scalars: Mapping[str, Any]) -> None:
@@ -256,10 +258,10 @@ class DeepSpeedEngine(TwinEngine):
             for span in self._spans:
                 span.parameter.copy_(span.flat)
         self._averages.show()
-        for name, number in scalars.get("deepspeed", {}).items():
-            setattr(self._ds, name, number)
-        if self._fp16:
-            self._scaler().update(scalars.get("loss_scale", {}))
+        for name in COUNTERS & scalars.get("deepspeed", {}).keys():
+            setattr(self._ds, name, scalars["deepspeed"][name])
+        for name in LOSS_SCALE & self._scaler().keys() & scalars.get("loss_scale", {}).keys():
+            self._scaler()[name] = scalars["loss_scale"][name]
 
     def _prepare_averages(self) -> Averages:
         pairs = self._followed()
@@ -281,10 +283,12 @@ class DeepSpeedEngine(TwinEngine):
         return state.whole(pair for lps, hps in pairs for pair in zip(lps, hps, strict=True))
 
     def _scaler(self) -> dict[str, Any]:
-        """What DeepSpeed scales an fp16 loss by, live."""
+        """What DeepSpeed scales an fp16 loss by, live; empty where that stays as it is."""
+        if not self._fp16:
+            return {}
         own = self._optimizer
-        scaler: dict[str, Any] = vars(own.loss_scaler if hasattr(own, "loss_scaler") else own.loss_scale_config)
-        return scaler
+        scaler = vars(own.loss_scaler if hasattr(own, "loss_scaler") else own.loss_scale_config)
+        return scaler if scaler.get("dynamic", scaler.get("dynamic_loss_scale")) else {}
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
