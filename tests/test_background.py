@@ -222,7 +222,10 @@ def test_given_up(tmp_path: Path) -> None:
     saver.close()
     assert list(tmp_path.iterdir()) == []
     saver.close()
-    assert not [each for each in threading.enumerate() if each.name == "checkpoint"]
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 class Killed:

@@ -196,6 +196,15 @@ def test_a_kill_between_the_rename_and_latest(run: Path) -> None:
     assert newest(run)[0] == 20
 
 
+def test_latest_is_mended_when_a_run_goes_on(run: Path) -> None:
+    place, latest = Folder(run / "checkpoints"), run / "checkpoints" / "latest"
+    flip_a_byte(of(run, 20) / PIECES)
+    checkpoint.mend_latest(place, newest(run)[0])
+    assert latest.read_text() == "step_00000010\n"
+    checkpoint.mend_latest(place, 30)  # of another run
+    assert latest.read_text() == "step_00000010\n"
+
+
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     assert checkpoint.newest(Folder(tmp_path)) is None
     assert checkpoint.last_step(Folder(tmp_path)) == 0

@@ -151,6 +151,8 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
         if setting.answers:
             listed = "".join(f"{answer}\n" for answer in setting.answers)
             write_atomically(setting.out / vocabulary.ANSWERS, listed)
+        if setting.begin is not None:
+            checkpoint.mend_latest(checkpoint.target(setting.out, run.checkpoint.to), setting.begin.step)
     agreement.by_rank_0(lambda: checkpoint.keep_beside(setting.out, run.checkpoint.to, KEPT_BESIDE))
 
 

@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -125,6 +126,13 @@ def newest(
     if steps:
         raise CheckpointError(f"{place.place} holds {len(steps)} checkpoint(s), and none is usable: {broken[0]}")
     return None
+
+
+def mend_latest(place: Target, step: int) -> None:
+    """`latest` names the checkpoint that the run goes on from, where that lies here: what it named may be broken."""
+    with suppress(OSError):  # the next save tells
+        if step in place.steps():
+            place.name_latest(step)
 
 
 def go_back(place: Target, step: int) -> None:

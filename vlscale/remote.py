@@ -78,7 +78,7 @@ class Remote:
         with self._asking():
             for name, text in state_and_manifest(files, state).items():
                 self._files.put(f"{step_name(step)}/{name}", text.encode())
-            self._files.put(LATEST, f"{step_name(step)}\n".encode())
+        self.name_latest(step)
 
     def keep(self, name: str, text: str) -> None:
         """A file of the run beside its checkpoints."""
@@ -104,10 +104,14 @@ class Remote:
             for each in to_prune(self.steps(), step, keep, keep_every):
                 self._remove(each)
 
-    def go_back(self, step: int) -> None:
-        """See `Target.go_back`."""
+    def name_latest(self, step: int) -> None:
+        """See `Target.name_latest`."""
         with self._asking():
             self._files.put(LATEST, f"{step_name(step)}\n".encode())
+
+    def go_back(self, step: int) -> None:
+        """See `Target.go_back`."""
+        self.name_latest(step)
         for each in self.steps():
             if each > step:
                 self._remove(each)

@@ -66,6 +66,10 @@ class Target(Protocol):
         """Keep the newest `keep` up to `step` and those of every `keep_every`th step (0 = none); later ones go."""
         ...
 
+    def name_latest(self, step: int) -> None:
+        """Make `latest` name that of `step`."""
+        ...
+
     def go_back(self, step: int) -> None:
         """Make that of `step` the newest: later ones go."""
         ...
@@ -117,12 +121,12 @@ class Folder:
         if final.exists():  # broken, or given up when the run went back
             before = [each for each in self.steps() if each < step]
             if before:
-                write_atomically(self.root / LATEST, step_name(before[-1]) + "\n")
+                self.name_latest(before[-1])
             self._remove(final)
         partial.rename(final)
         for folder in (self.root, self.root.parent):
             _sync(folder)
-        write_atomically(self.root / LATEST, final.name + "\n")
+        self.name_latest(step)
 
     def discard(self, step: int) -> None:
         """See `Target.discard`."""
@@ -140,9 +144,13 @@ class Folder:
             with suppress(OSError):  # what cannot be removed harms nobody
                 self._remove(self.root / step_name(each))
 
+    def name_latest(self, step: int) -> None:
+        """See `Target.name_latest`."""
+        write_atomically(self.root / LATEST, step_name(step) + "\n")
+
     def go_back(self, step: int) -> None:
         """See `Target.go_back`."""
-        write_atomically(self.root / LATEST, step_name(step) + "\n")
+        self.name_latest(step)
         for each in self.steps():
             if each > step:
                 self._remove(self.root / step_name(each))
