@@ -255,8 +255,11 @@ def test_a_worker_that_hangs_is_known_by_its_sample(tokenizer: Tokenizer, worker
         time.sleep(0.02)
     time.sleep(0.1)
     assert loader.working() == expected
-    waiting.write_bytes(b"")  # it goes on
+    held = waiting.rename(tmp_path / "held")
+    waiting.touch()
+    held.write_bytes(b"")  # it goes on
     reader.join(60)
+    assert not reader.is_alive()
 
 
 def test_workers_are_out_of_the_process_group(shards: Shards, tokenizer: Tokenizer) -> None:
