@@ -62,17 +62,19 @@ class Remembers(Agree):
         return {"sharded": Keys(keys, batch.pair_id, False), "replicated": Keys(keys, None, False)}
 
 
-def model_of(frozen: bool = False) -> PretrainModel:
-    torch.manual_seed(distributed.world_size())  # what is not handed over differs
+def model_of(frozen: bool = False, seed: int = 0) -> PretrainModel:
+    torch.manual_seed(10 * seed + distributed.world_size())  # what is not handed over differs
     return PretrainModel(Toy(replace(TOY, frozen=frozen)), {"agree": Remembers(TOY.width)})
 
 
-def engine_of(stage: str, precision: str, optim: OptimConfig = OPTIM, frozen: bool = False) -> DeepSpeedEngine:
+def engine_of(
+    stage: str, precision: str, optim: OptimConfig = OPTIM, frozen: bool = False, seed: int = 0
+) -> DeepSpeedEngine:
     config = toy_twin.configuration(stage, precision)
     if ds_config.stage(config) == 3:  # matrices are cut, biases are kept whole on every rank
         zero = {**config["zero_optimization"], "stage3_param_persistence_threshold": 4 * TOY.width}
         config["zero_optimization"] = zero
-    return DeepSpeedEngine(model_of(frozen), config, optim, distributed.init())
+    return DeepSpeedEngine(model_of(frozen, seed), config, optim, distributed.init())
 
 
 def train(engine: Engine, steps: range) -> list[float]:
@@ -175,7 +177,7 @@ def resumed(root: Path, stage: str, precision: str, optim: OptimConfig, frozen: 
     scalars = write(first, root / "half")
     losses = train(first, range(4, 7))
     write(first, root / "through")
-    second = engine_of(stage, precision, optim, frozen)
+    second = engine_of(stage, precision, optim, frozen, seed=1)
     second.restore(Reader(root / "half"), scalars)
     assert second.deepspeed.global_steps == 3
     assert train(second, range(4, 7)) == losses

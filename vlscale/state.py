@@ -204,7 +204,7 @@ def deal(alike: Sequence[Piece]) -> Iterator[Piece]:
     at = 0
     for piece, size in zip(alike, sizes, strict=True):
         each = piece.values.element_size()
-        start, stop = (min(size, max(0, -(-(limit - at) // each) * each)) // each for limit in (low, high))
+        start, stop = (min(size, max(0, limit - at)) // each for limit in (low, high))
         if stop > start or (size == 0 and rank == 0):
             yield Piece(piece.name, piece.shape, start, piece.values[start:stop])
         at += size
