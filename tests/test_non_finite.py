@@ -179,7 +179,7 @@ def test_a_skipped_step_changes_nothing_at_any_stage(kind: str, world: int) -> N
     ("kind", "world", "cases"),
     [
         ("twin and queues", 2, (("zero3", "bf16"),)),
-        pytest.param("twin and queues", 2, ALL, marks=pytest.mark.slow),
+        pytest.param("twin and queues", 1, ALL, marks=pytest.mark.slow),
         pytest.param("dictionary", 1, FEW, marks=pytest.mark.slow),
     ],
     ids=["few", "all", "dictionary"],

@@ -130,7 +130,7 @@ class KilledError(Exception):
     """In place of a kill."""
 
 
-def trained(recipe: str, out: str, left_out: list[tuple[int, int]], killed_at: int = 0) -> str:
+def trained(recipe: str, out: str, left_out: list[tuple[int, int]], ds: str = "zero2", killed_at: int = 0) -> str:
     """A whole run, whose loader leaves something out from the start, or which dies before a step; how it ended."""
     make, one_step = build.build_loader, train.one_step
 
@@ -146,7 +146,7 @@ def trained(recipe: str, out: str, left_out: list[tuple[int, int]], killed_at: i
 
     with mock.patch.object(build, "build_loader", loader_of), mock.patch.object(train, "one_step", step_or_die):
         try:
-            code = train.train(build.Request(config.load(recipe), "ds_configs/zero2.json", Path(out)))
+            code = train.train(build.Request(config.load(recipe), f"ds_configs/{ds}.json", Path(out)))
         except (KilledError, VlscaleError) as error:
             return f"{type(error).__name__}: {error}"
     return str(code)
@@ -159,18 +159,18 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[Any]]:
     return {name: reader.whole(name) for name in reader.names()}, lines
 
 
-@pytest.mark.parametrize("world", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_goes_back_before_a_spike_and_past_its_data(tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(("world", "ds"), [(1, "zero2"), pytest.param(2, "zero3", marks=pytest.mark.slow)])
+def test_a_run_goes_back_before_a_spike_and_past_its_data(tmp_path: Path, world: int, ds: str) -> None:
     wrong = {small_runs.samples_of(SPIKE)[1]: 1e4}
     data = small_runs.write_data(tmp_path / "data", wrong)
     options = [f"steps={STEPS}", "spikes.window=8", "spikes.factor=30"]
     goes_back = small_runs.write_recipe(tmp_path / "back.yaml", [*data, *options, "spikes.roll_back=true"])
     says_so = small_runs.write_recipe(tmp_path / "says.yaml", [*data, *options])
     back, cut, left = (tmp_path / name for name in ("back", "cut", "left"))
-    assert run_ranks(trained, world, goes_back, str(back), []) == ["0"] * world
-    assert run_ranks(trained, world, goes_back, str(cut), [], 18) == ["KilledError: "] * world
-    assert run_ranks(trained, world, goes_back, str(cut), []) == ["0"] * world
-    assert run_ranks(trained, world, says_so, str(left), [(12, 2)]) == ["0"] * world
+    assert run_ranks(trained, world, goes_back, str(back), [], ds) == ["0"] * world
+    assert run_ranks(trained, world, goes_back, str(cut), [], ds, 18) == ["KilledError: "] * world
+    assert run_ranks(trained, world, goes_back, str(cut), [], ds) == ["0"] * world
+    assert run_ranks(trained, world, says_so, str(left), [(12, 2)], ds) == ["0"] * world
     tensors, lines = ended(left)  # whose loader has left the data out from the start
     assert [step for step, *_ in lines] == list(range(1, STEPS + 1))
     for out in (back, cut):
