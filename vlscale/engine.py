@@ -200,7 +200,8 @@ class DeepSpeedEngine(TwinEngine):
         if norm is not None and not math.isfinite(norm):  # the same on all ranks, and DeepSpeed would not look
             self._ds.zero_grad()
             return StepReport(math.nan, False, None)
-        answered = self._fp16 and self._scale_can_fall()
+        scaler = self._scaler()  # stage 0 names its least scale otherwise
+        answered = bool(scaler) and scaler["cur_scale"] > scaler.get("min_scale", scaler.get("min_loss_scale"))
         skipped = self._ds.skipped_steps
         self._ds_step()
         applied = self._ds.skipped_steps == skipped
@@ -221,14 +222,6 @@ class DeepSpeedEngine(TwinEngine):
                 f"the gradients overflow fp16 even at the smallest loss scale ({self._ds.optimizer.cur_scale:g}); go "
                 "on from the last checkpoint in bf16 or fp32 (another --ds_config), or with a smaller optim.lr"
             ) from None
-
-    def _scale_can_fall(self) -> bool:
-        """Whether an overflow is met by a smaller loss scale; stage 0 keeps its scaler under other names."""
-        scaler = getattr(self._optimizer, "loss_scaler", None)
-        if scaler is not None:
-            return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
-        scaling = self._optimizer.loss_scale_config
-        return bool(scaling.dynamic_loss_scale and scaling.cur_scale > scaling.min_loss_scale)
 
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""
