@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -136,18 +137,20 @@ def ours(shards: Path, work: str, workers: int) -> Iterator[torch.Tensor]:
 def theirs(shards: Path, work: str, workers: int) -> Iterator[torch.Tensor]:
     import webdataset as wds
 
-    def sample(one: dict[str, Any]) -> tuple[torch.Tensor, str]:
-        pixels = np.array(pillow_view(one["jpg"], work))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), one["txt"]
-
-    def stack(samples: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, list[str]]:
-        return torch.stack([pixels for pixels, _ in samples]), [text for _, text in samples]
-
     paths = sorted(map(str, shards.glob("*.tar")))
     data = wds.WebDataset(paths, shardshuffle=False).repeat().shuffle(200).decode("pil")
-    data = data.map(sample).batched(BATCH, collation_fn=stack, partial=False)
+    data = data.map(partial(their_sample, work=work)).batched(BATCH, collation_fn=their_batch, partial=False)
     for pixels, _ in wds.WebLoader(data, batch_size=None, num_workers=workers):
         yield pixels
+
+
+def their_sample(one: dict[str, Any], work: str) -> tuple[torch.Tensor, str]:
+    pixels = np.array(pillow_view(one["jpg"], work))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), one["txt"]
+
+
+def their_batch(samples: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, list[str]]:
+    return torch.stack([pixels for pixels, _ in samples]), [text for _, text in samples]
 
 
 def pillow_view(picture: Image.Image, work: str) -> Image.Image:
