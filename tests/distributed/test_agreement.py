@@ -39,6 +39,16 @@ def test_a_plan_that_differs_names_the_ranks() -> None:
     assert run_ranks(disagree, 2, -1) == ["", ""]
 
 
+def sentences() -> tuple[bool, bool]:
+    return distributed.first_to_say("found by all"), distributed.first_to_say(f"found by {distributed.rank()}")
+
+
+def test_a_sentence_is_said_once() -> None:
+    said = run_ranks(sentences, 3)
+    assert sorted(of_all for of_all, _ in said) == [False, False, True]
+    assert [own for _, own in said] == [True, True, True]
+
+
 def test_settings_that_differ_are_named() -> None:
     with pytest.raises(TrainingError, match="steps is '5' on rank 0 but '6' on rank 1;"):
         run_ranks(settings, 2, {0: "5", 1: "6"})
