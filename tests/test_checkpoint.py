@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -143,6 +144,25 @@ def test_a_harmed_file_leads_to_the_one_before(run: Path, harm: Callable[[Path],
     assert len(warnings) == 1
     assert str(of(run, 20) / name) in warnings[0]
     assert "going back to step_00000010" in warnings[0]
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_a_disk_that_cannot_be_read(run: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of its files is asked for: the manifest, each to be hashed, the state."""
+    asked = []
+    opened = Path.open
+
+    def failing(path: Path, *rest: Any, **named: Any) -> Any:
+        if path.parent == of(run, 20):
+            asked.append(path.name)
+            if len(asked) == number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", failing)
+    step, warnings = newest(run)
+    assert (step, len(warnings)) == (10, 1)
+    assert str(of(run, 20)) in warnings[0]
 
 
 @pytest.mark.parametrize("harm", [cut_short, Path.unlink, empty, lambda path: path.write_text('{"files": [3]}')])

@@ -266,18 +266,21 @@ def _get(place: Remote, wanted: list[tuple[str, Path]]) -> None:
 
 def _checked(folder: Path, index: int, ranks: int) -> Checkpoint:
     """The checkpoint, of which this rank looks at every `ranks`th file; a mistake is every rank's."""
-    _together(lambda: _check(folder, index, ranks))
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return Checkpoint(folder, state)
+    return Checkpoint(folder, _together(lambda: _state(folder, index, ranks)))
 
 
-def _check(folder: Path, index: int, ranks: int) -> None:
+def _state(folder: Path, index: int, ranks: int) -> dict[str, Any]:
     listed = _listed(folder)
     with ThreadPoolExecutor(THREADS) as threads:
         problems = threads.map(lambda name: _problem(folder / name, *listed[name]), list(listed)[index::ranks])
         first = next(filter(None, problems), "")
     if first:
         raise CheckpointError(first)
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error})") from error
+    return state
 
 
 def _together(work: Callable[[], T]) -> T:
