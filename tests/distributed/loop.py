@@ -8,6 +8,8 @@ stops taking part after 10 steps, and rank 0 waits for it for ever.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +20,11 @@ from vlscale.errors import DONE, STOPPED
 from vlscale.stop import StopGuard, shield_worker, worker_processes
 
 DEADLINE = 6.0
+
+
+def lock_name(folder: Path) -> str:
+    """How the names of a launch's locks in shared memory begin."""
+    return f"mp-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +43,7 @@ def run(guard: StopGuard, folder: Path, mode: str) -> int:
     from vlscale import distributed
 
     torch.set_num_threads(1)
+    multiprocessing.current_process()._config["semprefix"] = f"/{lock_name(folder)}"  # type: ignore[attr-defined]
     device = distributed.init()
     rank = distributed.rank()
     vote = distributed.StopVote(device)

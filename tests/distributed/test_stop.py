@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.loop import lock_name
 from vlscale.errors import STOPPED
 
 LOOP = Path(__file__).with_name("loop.py")
@@ -64,17 +64,18 @@ def launches(folder: Path, kind: str, mode: str) -> Iterator[Launched]:
             start_new_session=True,
         )
     everyone: list[psutil.Process] = []
-    shared = in_shared_memory()
     try:
         ranks = wait_for_ranks(folder, 1 if kind == "plain" else 2, top)
         launch = ranks[0].parent() if kind == "deepspeed" else None
         started = Launched(top, launch, ranks, folder)
         everyone = started.everyone()
+        if Path("/dev/shm").is_dir():
+            assert in_shared_memory(folder, everyone) != []  # the locks of a loader's queues
         yield started
         end = time.monotonic() + 5
-        while (left := in_shared_memory() - shared) and time.monotonic() < end:
+        while (left := in_shared_memory(folder, everyone)) and time.monotonic() < end:
             time.sleep(0.1)
-        assert left == set(), started.said()
+        assert left == [], started.said()
     finally:
         for process in everyone or family(top.pid):
             if process.is_running():
@@ -82,14 +83,11 @@ def launches(folder: Path, kind: str, mode: str) -> Iterator[Launched]:
         top.wait()
 
 
-def in_shared_memory() -> set[str]:
-    """Names of what nobody uses there, whoever else uses this machine."""
-    folder = Path("/dev/shm")
-    used = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            used += maps.read_text(errors="replace")
-    return {path.name for path in folder.iterdir() if str(path) not in used} if folder.is_dir() else set()
+def in_shared_memory(folder: Path, everyone: list[psutil.Process]) -> list[str]:
+    """Locks of this launch by the name that `loop.py` gives them, and torch's files by the process."""
+    ours = (f"sem.{lock_name(folder)}", *(f"torch_{process.pid}_" for process in everyone))
+    shared = Path("/dev/shm")
+    return [path.name for path in shared.iterdir() if path.name.startswith(ours)] if shared.is_dir() else []
 
 
 def family(pid: int) -> list[psutil.Process]:
