@@ -120,6 +120,7 @@ class Bench:
     def _through(self, trial: Trial, out: Path, reference: Reference, outcome: Outcome) -> str:
         """Every start of a trial; why it failed, or nothing."""
         reached = 0  # the newest checkpoint that was ever seen whole
+        hurt = False  # by us
         for number, drawn in enumerate((*trial.starts, ())):
             due = [_placed(fault, out, reference) for fault in drawn if fault.kind != "full" or not outcome.skipped]
             ended = self._start(trial.setting, out, due, log=f"start_{number}.txt")
@@ -128,7 +129,7 @@ class Bench:
             outcome.kills += any(fault.kind == "kill" for fault in due) and min(ended.codes) < 0
             if reason := _odd_end(ended, due):
                 return f"start {number} ({', '.join(map(str, due)) or 'undisturbed'}): {reason}"
-            found = ranks.asked(usable, str(out))
+            found = ranks.asked(usable, str(out), hurt)
             if isinstance(found, dict) or found < reached:
                 what = found["error"] if isinstance(found, dict) else f"only step {found} of {reached} is left"
                 return f"after start {number} ({', '.join(map(str, due))}): {what}"
@@ -137,6 +138,7 @@ class Bench:
                 break  # it came through to its end
             for fault in drawn:
                 reached = _damaged(fault, out, reached)
+                hurt |= fault.kind in DAMAGES
         differences = ranks.asked(differing, str(out), str(reference.out))
         if isinstance(differences, dict):
             return str(differences["error"])
@@ -237,8 +239,8 @@ def _damaged(fault: Fault, out: Path, reached: int) -> int:
 # --- asked of a process of its own -------------------------------------------------------------------------
 
 
-def usable(path: str) -> int:
-    """The step of what `latest` names, whole; 0 where there is nothing yet.
+def usable(path: str, hurt: bool) -> int:
+    """The step of what `latest` names, whole; where we have `hurt` that, of the newest; 0 where there is nothing yet.
 
     Raises:
         CheckpointError: there is something, and it is not usable.
@@ -250,7 +252,7 @@ def usable(path: str) -> int:
     latest = out / "checkpoints" / "latest"
     if not latest.is_file():
         return 0
-    if latest.read_bytes() in GARBLED:  # by us, and no save has come since
+    if hurt:
         found = checkpoint.newest(Folder(latest.parent))
         return found.step if found else 0
     return checkpoint.open_checkpoint(latest.parent / latest.read_text().strip()).step
