@@ -147,6 +147,22 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(poisoned: tuple[Path, str
 
 
 @pytest.mark.slow
+def test_after_a_roll_back_a_step_has_the_data_that_it_had(tmp_path: Path) -> None:
+    data = small_runs.write_data(tmp_path / "data", {small_runs.samples_of(11)[2]: 1e4})
+    spikes = ["spikes.window=8", "spikes.factor=30", "spikes.roll_back=true", "steps=14"]
+    recipe = small_runs.write_recipe(tmp_path / "recipe.yaml", [*data, *spikes])
+    out, file = tmp_path / "run", tmp_path / "found.json"
+    assert run_ranks(trained, 1, recipe, str(out)) == ["0"]
+    assert [line["rolled_back"] for line in bad_steps(out)] == [1]
+    lines = {line["step"]: line for line in metrics(out) if "loss" in line}
+    for step in (8, 9, 13):  # the run went back to 8
+        assert run_ranks(replayed, 1, f"{out}:{step}", str(file)) == ["0"]
+        found = json.loads(file.read_text())
+        assert found["micro_batches"][0]["keys"] == lines[step]["sample_keys"]
+        assert found["grad_norm"] == lines[step]["grad_norm"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ds", ["zero3", "zero2_offload"])
 def test_bad_steps_at_other_stages(tmp_path: Path, ds: str) -> None:
     sample = small_runs.samples_of(3)[1]
