@@ -249,15 +249,15 @@ def _fetch(place: Remote, step: int) -> Checkpoint:
     _together(lambda: _get(place, [] if index else manifest))
     listed = list(_together(lambda: _listed(folder)))
     mine = [(f"{step_name(step)}/{name}", folder / name) for name in listed[index :: len(here)]]
-    of_run = [(name, run / name) for name in ([] if index else place.kept())]
-    _together(lambda: _get(place, [*mine, *of_run]))
+    _together(lambda: _get(place, mine, None if index else run))
     return replace(_checked(folder, index, len(here)), fetched=fetched)
 
 
-def _get(place: Remote, wanted: list[tuple[str, Path]]) -> None:
-    """Files of a store to local ones."""
+def _get(place: Remote, wanted: list[tuple[str, Path]], run: Path | None = None) -> None:
+    """Files of a store to local ones; those that lie beside its checkpoints into the folder `run`."""
     try:
-        for name, path in wanted:
+        kept = [(name, run / name) for name in place.kept()] if run is not None else []
+        for name, path in (*wanted, *kept):
             path.parent.mkdir(parents=True, exist_ok=True)
             place.get(name, path)
     except OSError as error:
