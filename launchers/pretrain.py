@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the launchers
 from vlscale import console
 from vlscale.errors import ConfigError
 
+OF_A_RUN = ("--recipe", "--ds_config", "--out", "--resume", "--dry_run")
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `key=value` words are overrides of the recipe."""
@@ -43,10 +45,14 @@ def main(argv: list[str]) -> int:
     """Run it; returns the exit code."""
     arguments = parse(argv)
     if arguments.replay is not None:
+        if odd := next((word for word in argv if word.split("=")[0] in OF_A_RUN), None):
+            raise ConfigError(f"{odd} does not go with --replay, which reads all of that in the run folder")
+        leave = [word for word in arguments.overrides if word.startswith("data.pipe=")]
+        arguments.overrides = [word for word in arguments.overrides if word not in leave]
         console.no_overrides(arguments)
         from vlscale import replay
 
-        return replay.show(arguments.replay, arguments.json)
+        return replay.show(arguments.replay, arguments.json, leave)
     if arguments.json is not None:
         raise ConfigError("--json goes with --replay; a run's figures are in its metrics.jsonl")
     from vlscale import config

@@ -18,18 +18,18 @@ from tests.models import albef_model, batch_for
 from tests.test_contracts import PAIRS, batch_of, built, short
 from vlscale import config, distributed, ds_config
 from vlscale.config import RunConfig
-from vlscale.engine import DeepSpeedEngine
+from vlscale.engine import DeepSpeedEngine, StepReport
 from vlscale.errors import TrainingError
 from vlscale.families import albef, soho
 from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.nn import moving
-from vlscale.non_finite import Window, message, suspicions
+from vlscale.non_finite import Window, is_bad, message, suspicions
 from vlscale.objectives import itm, mlm, mvm
 from vlscale.options import NonFiniteConfig
 from vlscale.pieces import Reader, file_of, write
 from vlscale.train import one_step
-from vlscale.types import Batch, Moment, Visual
+from vlscale.types import Batch, Loss, Moment, Visual
 
 FILES = Path(__file__).parent.parent / "ds_configs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -256,7 +256,7 @@ def test_a_message_names_a_few() -> None:
         + " and 2 more; bad_steps.jsonl has the details"
     )
     found[0]["suspects"] = []
-    assert "no sample stands out, but the losses of micro-batch 3 of rank 1;" in message(7, found)
+    assert "no sample stands out, but losses of micro-batch 3 of rank 1 are not finite;" in message(7, found)
     found[0]["losses"] = {"mlm": 1.0}
     assert "all losses are finite;" in message(7, found)
 
@@ -279,6 +279,23 @@ def test_a_window_of_bad_steps() -> None:
 
 
 # --- fp16, whose loss scale answers ------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_is_not_answered() -> None:
+    run_ranks(check_answers, 2)
+
+
+def check_answers() -> None:
+    """The NaN is another rank's."""
+
+    def bad(loss: float, answered: bool, applied: bool = False) -> bool:
+        value = loss if distributed.rank() else 1.0
+        report = StepReport(math.nan, applied, 128.0, answered)
+        return is_bad(report, [{"mlm": Loss(torch.tensor(1.0), {})}, {"mlm": Loss(torch.tensor(value), {})}])
+
+    assert [bad(loss, True) for loss in (1.0, math.nan, math.inf)] == [False, True, True]
+    assert bad(1.0, answered=False)
+    assert not bad(math.nan, answered=False, applied=True)
 
 
 class Scaled:

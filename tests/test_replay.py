@@ -17,6 +17,7 @@ from vlscale.errors import VlscaleError
 
 HUGE = 3e38  # a finite fp32 number, so the data plane lets it pass; squared it is none
 STEPS, BAD = 8, 6
+OTHERS = "{} does not go with --replay, which reads all of that in the run folder"
 
 
 def trained(recipe: str, out: str, ds: str = "zero2") -> str:
@@ -101,8 +102,10 @@ def test_a_step_is_replayed_and_looked_into(poisoned: tuple[Path, str], tmp_path
 
 
 def test_any_step_can_be_replayed(poisoned: tuple[Path, str], tmp_path: Path) -> None:
-    out, _ = poisoned
+    out = Path(shutil.copytree(poisoned[0], tmp_path / "run"))
     lines = {line["step"]: line for line in metrics(out) if "loss" in line}
+    with (out / "bad_steps.jsonl").open("a") as lines_of:
+        lines_of.write('{"step": 7, "rolled_ba')  # while the run writes it
     for step, start in ((1, 0), (2, 0), (5, 4), (8, 6)):
         file = tmp_path / f"{step}.json"
         run_ranks(replayed, 2, f"{out}:{step}", str(file))
@@ -122,9 +125,14 @@ def test_what_cannot_be_replayed_is_told_in_a_sentence(poisoned: tuple[Path, str
         == f"2: --replay {tmp_path}:3: {tmp_path} is no run folder, for it has no config.yaml"
     )
     assert replayed(f"{out}:0", file).endswith("should be a run folder and a step, such as runs/mine:1234")
+    nowhere = str(tmp_path / "none" / "found.json")
+    assert replayed(f"{out}:6", nowhere) == f"2: --json {nowhere}: there is no folder {tmp_path / 'none'}"
     assert replayed(f"{out}:9", file) == f"2: --replay {out}:9: the run has 8 steps"
     for arguments, says in (
         (("--replay", f"{out}:6", "seed=2"), "'seed=2' cannot be changed here; the run's own configuration counts"),
+        (("--replay", f"{out}:6", "--out", "b"), OTHERS.format("--out")),
+        (("--replay", f"{out}:6", "--recipe=b"), OTHERS.format("--recipe=b")),
+        (("--replay", f"{out}:6", "--dry_run"), OTHERS.format("--dry_run")),
         (("--json", file), "--json goes with --replay; a run's figures are in its metrics.jsonl"),
     ):
         done = launch("pretrain", *arguments)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from tests.runs import ROOT, TINY, figures, launch, losses, metrics, run_whole, 
 from tests.states import equal, whole
 from vlscale import config
 from vlscale.errors import DONE, STOPPED
+from vlscale.record import Record
 
 STEPS = 32
 CUT = ("steps=32", "checkpoint.every=5", "logging.every=2", "evaluation.every=16", "logging.sample_keys=true")
@@ -130,23 +132,37 @@ def same_state(one: Path, other: Path) -> None:
     equal(whole(one), whole(other))
 
 
-def test_an_evaluation_that_a_stop_left_out_is_made_up(finished: Path, tmp_path: Path) -> None:
-    """A stop at step 16 saves at once; the evaluation that was due then is the first thing of the next start."""
+@pytest.mark.parametrize("steps", [STEPS, STEPS + 2])
+def test_an_evaluation_that_a_stop_left_out_is_made_up(finished: Path, tmp_path: Path, steps: int) -> None:
+    """By the next start, before anything else, even if no step is left."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    lines = metrics(out)
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
-    folder = out / "checkpoints" / "step_00000032"
-    state = json.loads((folder / "state.json").read_text())
-    assert state["evaluated_step"] == 32
-    (folder / "state.json").write_text(json.dumps({**state, "evaluated_step": 16}))
-    listed = json.loads((folder / "manifest.json").read_text())["files"]
-    content = (folder / "state.json").read_bytes()
-    listed["state.json"] = [len(content), hashlib.sha256(content).hexdigest()]
-    (folder / "manifest.json").write_text(json.dumps({"files": listed}))
-    overrides = [*TINY, *CUT, "steps=34", "evaluation.every=8"]
+    lines = [line for line in metrics(out) if line["step"] < STEPS or "loss" in line]
+    assert metrics(out)[-1] not in lines
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    overrides = [*TINY, *CUT, f"steps={steps}"]
     assert run_ranks(train_here, 1, "ds_configs/zero2.json", "quickstart", str(out), overrides) == [DONE]
     assert figures(out)[: len(figures(finished))] == figures(finished)
+    assert (out / "log.txt").read_text().splitlines()[-1] == f"done: {steps} steps, in {out}"
+
+
+def fails_to_evaluate(*given: Any) -> str:
+    with mock.patch.object(Record, "evaluate", side_effect=MemoryError("of the GPU")):
+        try:
+            return str(train_here(*given))
+        except MemoryError as error:
+            return str(error)
+
+
+def test_an_evaluation_that_fails_costs_no_step(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    start = ("ds_configs/zero2.json", "quickstart", str(out), [*TINY, *CUT, f"steps={STEPS + 1}"])
+    for _ in range(2):  # in the step's own start, and made up
+        assert run_ranks(fails_to_evaluate, 1, *start) == ["of the GPU"]
+        assert (out / "checkpoints" / "latest").read_text() == f"step_{STEPS + 1:08d}\n"
+    assert run_ranks(train_here, 1, *start) == [DONE]
+    assert [line["step"] for line in figures(out) if "eval/retrieval/i2t_r1" in line] == [16, STEPS, STEPS + 1]
 
 
 def cut_twice(world: int, out: Path, *arguments: str) -> None:

@@ -79,7 +79,7 @@ class Saver:
         self._save: _Save | None = None
         self._halves = 0  # that are behind all ranks
         self._failures = 0  # in a row
-        self._newest: int | None = None  # step of the last one that is there
+        self.newest: int | None = None  # step of the last one that is there
 
     @property
     def halves(self) -> int:
@@ -225,10 +225,10 @@ class Saver:
         if self._rank == 0:
             self._tell(Saved(save.step, save.bytes, save.stall, save.seconds, failure))
         if not failure:
-            self._newest = save.step
+            self.newest = save.step
             return
         what = f"the checkpoint of step {save.step} could not be written to {self._target.place} ({failure})"
-        stays = f"the newest is that of step {self._newest}" if self._newest else "this run has written none yet"
+        stays = f"the newest is that of step {self.newest}" if self.newest else "this run has written none yet"
         if last:
             raise CheckpointError(f"{what}; {stays}; mend that and start the same command again")
         if self._failures >= self._options.failures:

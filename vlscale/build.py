@@ -33,13 +33,14 @@ from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
+from vlscale.monitor import evaluated
 from vlscale.objectives.base import Objective
 from vlscale.optim import KEPT
 from vlscale.options import InitConfig
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.targets import write_atomically
 from vlscale.types import Batch
-from vlscale.watchdog import patience
+from vlscale.watchdog import limits, patience
 from vlscale.weights import init_towers, init_whole, owners
 
 KEPT_BESIDE = (run_folder.CONFIG, vocabulary.TOKENIZER, vocabulary.ANSWERS)  # checkpoints in a store: to go on there
@@ -74,12 +75,12 @@ class Setting:
 
 
 def finished(request: Request) -> bool:
-    """Whether `out` holds this very run with all its steps done; rank 0 says so."""
+    """Whether `out` holds this very run with all its steps done, and evaluated; rank 0 says so."""
     if request.out is None or request.resume != "auto":
         return False
     run_folder.check(request.out, config.dump(request.run), request.resume)
     step = checkpoint.last_step(checkpoint.target(request.out, request.run.checkpoint.to))
-    if step < request.run.steps:
+    if step < request.run.steps or (step == request.run.steps and not evaluated(request.out, step)):
         return False
     if os.environ.get("RANK", "0") == "0":
         print(f"{request.out} holds this run, finished at step {step}; there is nothing left to do")
@@ -104,7 +105,7 @@ def setup(request: Request) -> Setting:
     if unused := unused_weights(run.data):
         warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
-    device = distributed.init(patience(run.watchdog))
+    device = distributed.init(patience(limits(run.watchdog, run.data)))
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     told = {
         "--resume": request.resume,
@@ -131,7 +132,7 @@ def setup(request: Request) -> Setting:
         batch=run.data.batch,
         max_words=run.text.kept_words,
         out=out,
-        disk=_disk(run, out),
+        disk=0 if request.until is not None else _disk(run, out),  # who goes on for a replay saves nothing
         questions=asks,
         budget=budget,
     )

@@ -39,7 +39,7 @@ class StepReport:
     grad_norm: float  # global L2 norm before clipping; nan where it is not finite
     applied: bool  # False = a non-finite gradient: every rank skipped the update, and nothing else may move either
     loss_scale: float | None  # fp16 only
-    answered: bool = False  # skipped, and the dynamic loss scale of fp16 answers it: no fault of anyone's
+    answered: bool = False  # skipped, and the dynamic loss scale of fp16 falls for it
 
 
 class Engine(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from vlscale.lines import Lines
+from vlscale.lines import Lines, read
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,12 +78,13 @@ class Monitor:
         out.mkdir(parents=True, exist_ok=True)
         self._log = Lines(out / LOG)
         if rank == 0:
-            forget_after(out / METRICS, start)
             self._metrics = Lines(out / METRICS)
             if tensorboard:
-                self._writer = _writer(out / TENSORBOARD, start + 1)
+                with self._tensorboard():
+                    self._writer = _writer(out / TENSORBOARD, start + 1)
             if self._console.isatty():
                 self._bar = tqdm(total=steps, initial=start, file=self._console, unit="step", dynamic_ncols=True)
+            self._forget_after(start)
 
     def scalars(self, step: int, values: Mapping[str, Value]) -> None:
         """One line of metrics.jsonl, the same in TensorBoard, and a progress line where there is a `loss`."""
@@ -123,10 +123,7 @@ class Monitor:
 
     def go_back(self, step: int) -> None:
         """Take out the figures of later steps: the run goes on from `step` once more."""
-        if self._metrics is not None:
-            self._metrics.close()
-            forget_after(self._out / METRICS, step)
-            self._metrics = Lines(self._out / METRICS)
+        self._forget_after(step)
         with self._tensorboard() as writer:
             if writer is not None:
                 writer.close()
@@ -142,6 +139,10 @@ class Monitor:
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
+
+    def _forget_after(self, step: int) -> None:
+        if self._metrics is not None and (problem := self._metrics.forget_after(step)):
+            self.warn(problem)
 
     def _write(self, message: str) -> None:
         if self._bar is not None:
@@ -183,26 +184,10 @@ class Monitor:
         return "  ".join(parts)
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a line that was cut off in writing; the file is replaced whole."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) == len(lines):
-        return
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def _step_of(line: str) -> float:
-    if not line.endswith("\n"):
-        return math.inf
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def evaluated(out: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the figures of an evaluation at this step."""
+    lines = read(out / METRICS)
+    return any(name.startswith("eval/") for line in lines if line["step"] == step for name in line)
 
 
 def _finite(value: Value) -> Value:

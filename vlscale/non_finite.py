@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from vlscale import distributed
+from vlscale import distributed, lines
 from vlscale.data.samples import BrokenSampleError
 from vlscale.evaluation.base import evaluating
 from vlscale.model import Encodings, PretrainModel
 from vlscale.options import NonFiniteConfig
 from vlscale.types import Batch, Loss, Moment
+
+if TYPE_CHECKING:
+    from vlscale.engine import StepReport
 
 FILE = "bad_steps.jsonl"
 FAR = 65504.0  # greatest number of fp16: no feature, box or normalised pixel is near it
@@ -133,6 +135,17 @@ def _inputs(batch: Batch) -> dict[int, float]:
     return out
 
 
+def is_bad(report: StepReport, losses: Sequence[Mapping[str, Loss]]) -> bool:
+    """Whether a step was skipped for what it was made of. All ranks take part.
+
+    A smaller loss scale (fp16) answers an overflow of gradients, but no loss that is not finite, on whichever rank.
+    """
+    if report.applied or not report.answered:
+        return not report.applied
+    broken = any(_number(loss.value) is None for each in losses for loss in each.values())
+    return distributed.greatest(int(broken)) > 0
+
+
 def message(step: int, found: Sequence[Mapping[str, Any]]) -> str:
     """What the console says of a step that was skipped."""
     suspects = [each for micro_batch in found for each in micro_batch["suspects"]]
@@ -143,7 +156,11 @@ def message(step: int, found: Sequence[Mapping[str, Any]]) -> str:
     if suspects:
         why = f"suspected: {listed}{more}"
     else:
-        why = f"no sample stands out, but the losses of micro-batch {where}" if broken else "all losses are finite"
+        why = (
+            f"no sample stands out, but losses of micro-batch {where} are not finite"
+            if broken
+            else "all losses are finite"
+        )
     return f"step {step} is skipped: its gradients are not finite; {why}; {FILE} has the details"
 
 
@@ -152,14 +169,10 @@ def named(suspect: Mapping[str, str]) -> str:
     return str(BrokenSampleError(**suspect))
 
 
-def left_out(out: Path, step: int) -> list[tuple[int, int]]:
-    """What the loader of the run in `out` left out when it made `step` (`Loader.left_out`); none without roll-back."""
-    try:
-        lines = [json.loads(line) for line in (out / FILE).read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    told = [line["left_out"] for line in lines if "left_out" in line and line["step"] <= step]
-    return [(after, steps) for after, steps in told[-1]] if told else []
+def last_roll_back(out: Path, step: int) -> dict[str, Any] | None:
+    """The line of bad_steps.jsonl about the last roll-back to `step` or before."""
+    told = [line for line in lines.read(out / FILE) if "rolled_back" in line and line["step"] <= step]
+    return told[-1] if told else None
 
 
 def _number(value: Tensor) -> float | None:

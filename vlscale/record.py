@@ -24,7 +24,7 @@ from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.flops import peak_flops, step_flops
 from vlscale.lines import Lines
 from vlscale.model import PretrainModel
-from vlscale.monitor import Monitor, forget_after
+from vlscale.monitor import Monitor, evaluated
 from vlscale.non_finite import Window
 from vlscale.spikes import Spikes
 from vlscale.throughput import StepClock, Stragglers
@@ -64,13 +64,14 @@ class Record:
         self._stragglers = Stragglers()
         begin = setting.begin.state if setting.begin else {}
         self._go_on(begin)
-        self._rolled_back: int = begin.get("rolled_back", 0)
         self._bad = BadSamples(setting.out / bad_data.FILE) if distributed.rank() == 0 else None
         self._bad_steps = Lines(setting.out / non_finite.FILE)
-        if distributed.rank() == 0:
-            forget_after(setting.out / non_finite.FILE, begin.get("step", 0))
+        self._forget_after(begin.get("step", 0))
+        self._rolled_back: int = begin.get("rolled_back", 0)
+        self._go_on_from_roll_back(begin.get("step", 0))
         self._target = checkpoint.target(setting.out, run.checkpoint.to)
         self.saver = Saver(self._target, run.checkpoint, self._saved, monitor.warn, watchdog.beat)
+        self.saver.newest = begin.get("step")
         self.end: VlscaleError | None = None  # what ends the run, once it should
         self.spike = False  # one began at this step, and the run should go back
         self._back: int | None = None  # the step that it went back to
@@ -78,9 +79,21 @@ class Record:
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Take up what a checkpoint's `state` holds of this; empty = from the start."""
         self._skipped = int(state.get("skipped_steps", 0))
-        self._evaluated = int(state.get("evaluated_step", 0))
         self._window = Window(self._run.non_finite, state.get("non_finite", ()))
         self._spikes = Spikes(self._run.spikes, state.get("spikes"))
+
+    def _go_on_from_roll_back(self, step: int) -> None:
+        """Take up a roll-back to `step` or before that no checkpoint has been written after."""
+        told = agreement.by_rank_0(lambda: json.dumps(non_finite.last_roll_back(self._setting.out, step)))
+        last = json.loads(told)
+        if last and last["rolled_back"] > self._rolled_back:
+            self._rolled_back = last["rolled_back"]
+            self._loader.left_out = [(after, steps) for after, steps in last["left_out"]]
+
+    def _forget_after(self, step: int) -> None:
+        """Take the lines of later steps out of bad_steps.jsonl."""
+        if distributed.rank() == 0 and (problem := self._bad_steps.forget_after(step)):
+            self._monitor.warn(problem)
 
     def timed(self, start: int, stop: int) -> Generator[Served, None, None]:
         """The loader's steps, after a `roll_back` those from there on, with the time spent waiting for them noted."""
@@ -108,7 +121,7 @@ class Record:
     ) -> None:
         """Note a step; at log steps, write its line."""
         self._skipped += not report.applied
-        if not (report.applied or report.answered):
+        if non_finite.is_bad(report, losses):
             self._bad_step(step, batches, losses)
         self._clock.step(batches)
         run = self._run
@@ -172,12 +185,11 @@ class Record:
         first, end = self._loader.leave_out(found.step, step)
         self._rolled_back += 1
         self._go_on(found.state)
+        self.saver.newest = found.step
         self._monitor.go_back(found.step)
-        self._bad_steps.close()
-        if distributed.rank() == 0:
-            forget_after(self._setting.out / non_finite.FILE, found.step)
+        self._forget_after(found.step)
         places = {"positions": [first, end], "left_out": self._loader.left_out}
-        self._note({"step": found.step + 1, "spike": step, "rolled_back": self._rolled_back, **places})
+        self._note({"step": found.step, "spike": step, "rolled_back": self._rolled_back, **places})
         self._warn(
             f"back at step {found.step}; the samples at positions {first} to {end - 1} are left out from now on "
             f"(roll-back {self._rolled_back} of {self._run.spikes.budget})"
@@ -206,6 +218,11 @@ class Record:
         if self._window.spent():
             self.end = TrainingError(self._window.refusal(self._setting.out / non_finite.FILE))
 
+    def reserve(self, machine: Engine) -> None:
+        """Take the memory for saves, once the optimizer has its moments: after the first step."""
+        self.saver.reserve(machine.pieces())
+        self._clock.skip()
+
     def save(self, step: int, machine: Engine, last: bool = False) -> None:
         """Write a checkpoint, in the background but for the `last`.
 
@@ -222,7 +239,6 @@ class Record:
             "zero_stage": ds_config.stage(self._setting.ds),
             "precision": ds_config.precision(self._setting.ds),
             "engine": machine.scalars(),
-            "evaluated_step": self._evaluated,
             "loader": loader,
             "skipped_steps": self._skipped,
             "non_finite": self._window.state(),
@@ -240,11 +256,12 @@ class Record:
             self._monitor.scalars(saved.step, {f"checkpoint/{name}": value for name, value in figures.items()})
 
     def evaluated(self, step: int) -> bool:
-        """Whether `evaluate` has been called at this step, in this run or before it was stopped."""
-        return self._evaluated == step
+        """Whether the run has figures of `evaluate` at this step, of this start or an earlier one."""
+        return distributed.greatest(int(evaluated(self._setting.out, step))) > 0
 
     def close(self) -> None:
-        """Say what has not been said yet."""
+        """Give up a save under way; say what has not been said yet. Asks nothing of other ranks."""
+        self.saver.close()
         for message in self._bad.rest() if self._bad else ():
             self._monitor.warn(message)
         self._bad_steps.close()
@@ -276,7 +293,6 @@ class Record:
 
     def evaluate(self, step: int) -> None:
         """Measure the model on the validation shards by its family's usual task."""
-        self._evaluated = step
         self._watchdog.at("evaluation", step)
         setting = self._setting
         held = HeldOut(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlscale import build, config, distributed, ds_config, non_finite, train
+from vlscale import build, config, distributed, ds_config, non_finite, optim, train
 from vlscale.build import Request
+from vlscale.config import RunConfig
 from vlscale.data.samples import printable
 from vlscale.errors import DONE, CheckpointError, ConfigError
+from vlscale.lines import read
+from vlscale.model import PretrainModel
 from vlscale.monitor import METRICS
 from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
 from vlscale.targets import write_atomically
@@ -29,17 +32,20 @@ SHOWN = 20  # parameters that the table names
 Found = dict[str, Any]
 
 
-def show(where: str, file: str | None) -> int:
+def show(where: str, file: str | None, leave: Sequence[str] = ()) -> int:
     """Replay `where` (RUN:STEP), print what was found, write it to `file` as JSON; returns the exit code.
 
-    The same number of ranks gives the same numbers; on others only the samples are the same. Every rank runs this.
+    The same number of ranks gives the same numbers; on others only the samples are the same. `leave` may hold
+    `data.pipe=true`, which no run folder remembers. Every rank runs this.
 
     Raises:
-        ConfigError: there is no such run, or no such step in it.
+        ConfigError: there is no such run, or no such step in it, or no folder for `file`.
         CheckpointError: its checkpoints are all broken, or it goes on from another run's and has none so early.
     """
     out, step = parse(where)
-    run = config.load(str(out / CONFIG))
+    run = config.load(str(out / CONFIG), leave)
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
     if step > run.steps:
         raise ConfigError(f"--replay {where}: the run has {run.steps} steps")
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +78,8 @@ def _replay(request: Request, step: int) -> Found:
     model = build.build_model(run)
     setting = build.within_budget(run, setting, model)
     loader = build.build_loader(run, setting, model)
-    loader.left_out = non_finite.left_out(setting.out, step) or loader.left_out
+    if last := non_finite.last_roll_back(setting.out, step - 1):
+        loader.left_out = [(after, steps) for after, steps in last["left_out"]]
     machine = build.build_engine(run, setting, model)
     start = setting.begin.step if setting.begin else 0
     if setting.begin:
@@ -83,10 +90,14 @@ def _replay(request: Request, step: int) -> Found:
             f"{step}; replay a later step"
         )
     if distributed.rank() == 0:
+        for warning in setting.warnings:
+            print(f"warning: {warning}")
         source = f"{setting.begin.folder.name}, the newest checkpoint before it" if setting.begin else "the first step"
         print(f"replaying step {step} of {setting.out} from {source}: {step - start} step(s)", flush=True)
         if (ranks := _ranks(setting.out)) not in (None, distributed.world_size()):
             print(f"the run had {ranks} rank(s): here the samples are the same, the numbers nearly so", flush=True)
+        if _steps_were_others(setting.out, step, run, model):
+            print("the run made this step with another `steps`: its schedules, and so its numbers, were others")
     plans, noted = distributed.StepPlans(), Noted()
     for number, micro_batches in loader.steps(start, step):
         if number < step:
@@ -121,6 +132,14 @@ def _first_step(out: Path) -> int:
             return int(json.loads(lines.readline())["step"])
     except (OSError, ValueError):
         return 1
+
+
+def _steps_were_others(out: Path, step: int, run: RunConfig, model: PretrainModel) -> bool:
+    """Whether the learning rates that were logged are not those of the run as it is configured now."""
+    lr = optim.lr_at(step, run.optim, run.steps)
+    here = {f"lr/{group['name']}": lr * group["scale"] for group in optim.groups(model.named_parameters(), run.optim)}
+    logged = [line for line in read(out / METRICS) if line["step"] == step]
+    return any(line.get(name, rate) != rate for line in logged for name, rate in here.items())
 
 
 def _ranks(out: Path) -> int | None:

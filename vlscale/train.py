@@ -21,13 +21,14 @@ from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
 from vlscale.types import Batch, Loss, Moment, Visual
-from vlscale.watchdog import Watchdog, patience
+from vlscale.watchdog import Watchdog, limits, patience
 
 
 def train(request: Request) -> int:
     """Train to `steps`, or until asked to stop; returns the exit code. Every rank runs this."""
-    guard = StopGuard()  # stays open until the process ends
-    with Watchdog(request.run.watchdog, request.out) as watchdog, ExitStack() as ends:
+    watched = limits(request.run.watchdog, request.run.data)
+    guard = StopGuard(patience=watched.step)  # stays open until the process ends
+    with Watchdog(watched, request.out) as watchdog, ExitStack() as ends:
         return DONE if build.finished(request) else _train(request, guard, watchdog, ends)
 
 
@@ -48,45 +49,45 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     monitor = Monitor(
         setting.out, steps=run.steps, start=start, rank=distributed.rank(), tensorboard=run.logging.tensorboard
     )
+    ends.callback(monitor.close)
     for warning in setting.warnings:
         monitor.warn(warning)
     monitor.say(build.describe(run, setting, model, start))
     for note in notes if not start else ():
         monitor.say(note)
     vote = distributed.StopVote(setting.device)
-    plans = distributed.StepPlans(patience(run.watchdog))
+    plans = distributed.StepPlans(patience(limits(run.watchdog, run.data)))
     record = Record(run, setting, model, loader, monitor, watchdog)
-    ends.callback(record.saver.close)
+    ends.callback(record.close)
     if start and evaluation_due(run, start) and not record.evaluated(start):
-        record.evaluate(start)  # the stop had no time for it
+        record.evaluate(start)  # the last start did not come to it
 
     for step, micro_batches in record.timed(start, run.steps):
         watchdog.at("step", step)
         record.step(step, *one_step(run, model, machine, plans, step, micro_batches))
         if step == start + 1:
-            record.saver.reserve(machine.pieces())  # from now on the optimizer has its moments
-        if record.spike and record.roll_back(step, machine):
+            record.reserve(machine)
+        if record.spike and not record.end and record.roll_back(step, machine):
             continue
 
-        wishes, behind = vote.agreed(int(guard.requested), -record.saver.halves)
+        wishes, behind = vote.agreed(int(guard.requested), -record.saver.halves)  # the greatest of each on any rank
         record.saver.go_on(-behind)
         stopping, last = wishes > 0, step == run.steps
-        if evaluation_due(run, step) and (last or not stopping):
-            record.evaluate(step)
+        if stopping or last:
+            guard.heed()
         if last or stopping or record.end or step % run.checkpoint.every == 0:
             record.save(step, machine, last=last or stopping)
         if record.end:
             record.saver.finish()
             raise record.end
-        if stopping and not last:
-            record.close()
-            monitor.say(f"stopped at step {step} by {guard.reason}; the same command goes on from there")
-            monitor.close()
+        if stopping:
+            by = guard.reason or "another rank's signal"
+            monitor.say(f"stopped at step {step} by {by}; the same command goes on from there")
             return STOPPED
+        if evaluation_due(run, step):
+            record.evaluate(step)  # after the save: whatever becomes of it, a next start has no step to make again
         watchdog.at("data", step + 1)
-    record.close()
     monitor.say(f"done: {run.steps} steps, in {setting.out}")
-    monitor.close()
     return DONE
 
 
