@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import weakref
@@ -35,7 +36,9 @@ class Begun:
     def under_way(self) -> bool:
         """Whether it has not come to its end yet; on a GPU a call comes back once it is queued."""
         work = self.work() if self.work is not None else None
-        return self.ended is None or (work is not None and not work.is_completed())
+        with contextlib.suppress(RuntimeError):  # it has failed
+            return self.ended is None or (work is not None and not work.is_completed())
+        return False
 
     def describe(self, now: float) -> str:
         """In one line."""

@@ -13,6 +13,7 @@ from typing import NoReturn
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError, did_you_mean
 
 CONSEQUENCE = 10.0  # seconds for the launcher to learn which rank ended first
+FAREWELL = 10.0  # seconds for leaving the process group, which may hang
 LOST = re.compile("[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|communicator was aborted")
 
 
@@ -121,9 +122,8 @@ def _others_speak(error: Exception) -> bool:
 
 def _leave(code: int) -> NoReturn:
     """End the process with the code, whatever threads or half-made collectives are left behind."""
-    if "torch" in sys.modules:
-        from vlscale import distributed
+    if "torch" in sys.modules and code == 0:
+        from vlscale import distributed, stop
 
-        if code == 0:
-            distributed.shutdown()
+        stop.within(FAREWELL, distributed.shutdown)
     os._exit(code)

@@ -79,11 +79,20 @@ def _one_process_defaults() -> None:
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
 
 
-def record(into: Collectives) -> Callable[[], None]:
-    """Note every collective, ours and DeepSpeed's, from now on; returns what ends that."""
+def record(into: Collectives, timeout: timedelta = TIMEOUT) -> Callable[[], None]:
+    """Note every collective, ours and DeepSpeed's, from now on; returns what ends that.
+
+    Groups that are made without a time-out, as DeepSpeed makes its own, get this one: NCCL's would be 10 minutes.
+    """
     plain = {name: getattr(dist, name) for name in NAMES}
     for name, function in plain.items():
         setattr(dist, name, into.recorded(name, function))
+    make = dist.new_group
+
+    def new_group(ranks: Any = None, timeout: timedelta | None = timeout, *rest: Any, **options: Any) -> Any:
+        return make(ranks, timeout, *rest, **options)
+
+    dist.new_group = new_group
     return lambda: vars(dist).update(plain)
 
 

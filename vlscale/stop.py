@@ -17,13 +17,14 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from multiprocessing import forkserver
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
-from vlscale.errors import STOPPED
+from vlscale.errors import TrainingError
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -42,20 +43,23 @@ class StopGuard:
     """Turns signals, and the death of the launcher, into `requested`; ends the process when nobody reacts.
 
     The loop asks `distributed.StopVote` once per step with `guard.requested`, saves, and exits with STOPPED.
-    From the request on the process has `deadline` seconds; a rank that is still there then (stuck in a
-    collective whose partner is gone, or on its way out) says where it stands and is ended hard, with its
-    worker processes. DeepSpeed's launcher kills after 30 s, hence the default. A second Ctrl-C interrupts at
-    once.
+    From the request on it has `deadline` seconds to begin with that, and says so with `heed`; a rank that does not
+    (stuck in a collective whose partner is gone) says where it stands and is ended hard, with its worker processes
+    and the exit code of a `TrainingError`. The launchers of DeepSpeed and torch kill 30 s after SIGTERM, hence the
+    default; a request that comes otherwise leaves `patience` seconds, if they are more. Once heeded it is ended no
+    more: a save takes the time that it takes. A second Ctrl-C interrupts at once.
 
     A program started from a shell has no launcher to watch: it goes on when the shell ends (nohup).
     Make it in the main thread, before anything slow, and leave it open until the process ends.
     """
 
-    def __init__(self, *, deadline: float = 25.0) -> None:
+    def __init__(self, *, deadline: float = 25.0, patience: float = 0.0) -> None:
         self.requested = False
         self.reason = ""
-        self._deadline = deadline
+        self._deadline, self._patience = deadline, max(deadline, patience)
+        self._began = time.monotonic()
         self._over = float("inf")
+        self._heeded = False
         self._closed = threading.Event()
         self._launcher = Launcher()
         self._ear, self._mouth = socket.socketpair()
@@ -69,12 +73,19 @@ class StopGuard:
         _let_go_in_children(self)
         threading.Thread(target=self._watch, name="stop-guard", daemon=True).start()
 
-    def request(self, reason: str) -> None:
-        """Ask for a stop; the first reason stays."""
+    def request(self, reason: str, hurry: bool = False) -> None:
+        """Ask for a stop; the first reason stays. `hurry`: whoever asks will kill, or other ranks are gone."""
+        now = time.monotonic()
+        over = now + (self._deadline if hurry else self._patience)
+        if over < self._over:
+            self._began, self._over = now, over
         if not self.requested:
-            self._over = time.monotonic() + self._deadline
             self.reason = reason
             self.requested = True
+
+    def heed(self) -> None:
+        """What was asked for is being done; from now on a hang is the watchdog's business."""
+        self._heeded = True
 
     def close(self) -> None:
         """Put the former signal handlers back and stop watching."""
@@ -94,25 +105,30 @@ class StopGuard:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.requested and self.reason == "SIGINT"
-        self.request(signal.Signals(number).name)
+        self._request(number)
         if number == signal.SIGINT and again and os.isatty(0):
             raise KeyboardInterrupt
+
+    def _request(self, number: int) -> None:
+        launched = bool(self._launcher.watched) and number == signal.SIGTERM
+        self.request(signal.Signals(number).name, hurry=launched)
 
     def _watch(self) -> None:
         with self._ear, self._mouth:
             while not self._closed.is_set():
                 self._hear()
-                if not self.requested and (gone := self._launcher.gone()):
-                    self.request(gone)
-                if time.monotonic() > self._over and not self._closed.is_set():
-                    _end_hard(f"{self.reason}: no stop within {self._deadline:g} s, ending this process")
+                if gone := self._launcher.gone():
+                    self.request(gone, hurry=True)
+                if time.monotonic() > self._over and not (self._heeded or self._closed.is_set()):
+                    seconds = self._over - self._began
+                    _end_hard(f"{self.reason}: no stop within {seconds:.0f} s, ending this process unsaved")
 
     def _hear(self) -> None:
         if not select.select([self._ear], [], [], POLL)[0]:
             return
         for number in self._ear.recv(64):
             if number in SIGNALS:
-                self.request(signal.Signals(number).name)
+                self._request(number)
             if number == signal.SIGTERM:
                 self._launcher.tell_siblings()
 
@@ -239,16 +255,26 @@ def _end_hard(message: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, RuntimeError, AttributeError):
         pass  # a closed or replaced stderr keeps nobody alive
-    end(STOPPED)
+    end(TrainingError.exit_code)
 
 
 def end(code: int) -> NoReturn:
     """End this process at once, and what it started."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if not any(TRACKER in word for word in process.cmdline()):
-                process.kill()
-    os._exit(code)
+    try:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if not any(TRACKER in word for word in process.cmdline()):
+                    process.kill()
+    finally:
+        os._exit(code)
+
+
+def within(seconds: float, work: Callable[[], object]) -> bool:
+    """Whether `work`, which may hang, came back in time; it has a thread of its own, which is left behind if not."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _started_by_launcher() -> bool:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,14 +29,17 @@ from typing import IO
 import vlscale
 from vlscale import distributed, stop
 from vlscale.collectives import Collectives
+from vlscale.data.options import DataConfig
 from vlscale.errors import TrainingError
 from vlscale.monitor import LOG
 from vlscale.options import WatchdogConfig
 from vlscale.run_folder import HANGS
 
 GRACE = 5.0  # seconds for the other ranks' reports
+MARGIN = 60.0  # seconds: the data plane, which knows the store, speaks first
 VERDICT = "verdict.txt"
 LOOKS = 20  # in the time that is allowed
+SLOW = ("checkpoint", "going back")  # phases that may take as long as a start
 HERE = Path(vlscale.__file__).parent
 
 
@@ -67,6 +70,14 @@ class Report:
         return f"rank {self.rank} ({self.host}, process {self.process}) at {where}, in {self.place}{inside}{workers}"
 
 
+def limits(run: WatchdogConfig, data: DataConfig) -> WatchdogConfig:
+    """Those of a run: a step may wait for a store that is away as long as the data plane waits for it."""
+    if run.step and data.remote():
+        step = max(run.step, data.store_patience + 2 * data.store_timeout + MARGIN)
+        return replace(run, step=step, start=run.start and max(run.start, step))
+    return run
+
+
 def patience(limits: WatchdogConfig) -> timedelta:
     """How long a collective may take: always longer than the watchdog waits, which has more to say."""
     return max(distributed.TIMEOUT, timedelta(seconds=max(limits.start, limits.step) + 300))
@@ -83,16 +94,17 @@ class Watchdog:
         """`out`: the run folder, if it is known yet."""
         self.collectives = Collectives()
         self.workers: Callable[[], Sequence[str]] = tuple
-        self._unrecord = distributed.record(self.collectives)
+        self._unrecord = distributed.record(self.collectives, patience(limits))
         self._limits = limits
         self._folder = out / HANGS if out is not None else None
-        self._listening = False  # to others' reports
+        self._told = threading.Event()  # by another rank's report
         self._rank, self._world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._main = threading.get_ident()
         self._since = time.time()
         self._first = self._step = 0
         self._phase = "start"
         self._beats = 0
+        self._quiet = 0.0
         self._closed = threading.Event()
         self._ending = False
         shortest = min((each for each in (limits.start, limits.step) if each), default=0.0)
@@ -103,7 +115,8 @@ class Watchdog:
     def at(self, phase: str, step: int = 0) -> None:
         """This rank goes on to something else: a sign of life."""
         self._phase, self._step = phase, step
-        self._first = self._first or step
+        if phase == "step":
+            self._first = self._first or step
         self._beats += 1
 
     def beat(self) -> None:
@@ -112,7 +125,9 @@ class Watchdog:
 
     def listen(self, out: Path) -> None:
         """From now on look for reports of other ranks: `out` is the run folder, without those of earlier runs."""
-        self._folder, self._listening = out / HANGS, True
+        self._folder = out / HANGS
+        if self._limits.start or self._limits.step:
+            threading.Thread(target=self._listen, args=(self._folder,), name="watchdog-ear", daemon=True).start()
 
     def __enter__(self) -> Watchdog:
         return self
@@ -126,7 +141,18 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _limit(self) -> float:
-        return self._limits.step if self._step > self._first else self._limits.start
+        """Long as well where a rank waits for another's disk, of whose headway it does not hear."""
+        start, step = self._limits.start, self._limits.step
+        if not 0 < self._first < self._step:
+            return start
+        return max(start, step) if step and self._phase in SLOW else step
+
+    def _listen(self, folder: Path) -> None:
+        """A thread of its own: what hangs may be the file system that the folder is on."""
+        while not self._closed.wait(self._pause):
+            if self._quiet and len(_read(folder, self._since)) > 0:
+                self._told.set()
+                return
 
     def _watch(self) -> None:
         seen, quiet, looked = (-1, -1.0), 0.0, time.monotonic()
@@ -135,9 +161,8 @@ class Watchdog:
             sign = self._beats, self.collectives.moved
             # a look that comes late says that nobody could look, not that nothing was done
             quiet = 0.0 if sign != seen else quiet + min(now - looked, 2 * self._pause)
-            seen, looked, limit = sign, now, self._limit()
-            over = bool(limit) and quiet >= limit
-            if over or (self._listening and quiet and self._folder is not None and self._folder.exists()):
+            seen, looked, limit, self._quiet = sign, now, self._limit(), quiet
+            if (limit and quiet >= limit) or (quiet and self._told.is_set()):
                 self._end(quiet)
             if limit:
                 self._dump_in_any_case(limit)
@@ -148,10 +173,18 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit + 2 * GRACE, file=sys.__stderr__ or 2)
 
     def _end(self, quiet: float) -> None:
-        """Report, wait for the other ranks' reports, say who is behind, and end this process."""
+        """Say what there is to say, and end this process, whatever becomes of that."""
         self._ending = True
         if self._closed.is_set():
             return
+        try:
+            if not stop.within(2 * GRACE, lambda: self._tell(quiet)):
+                stop.within(1.0, lambda: self._describe(self._report(quiet), sys.stderr.buffer))
+        finally:
+            stop.end(TrainingError.exit_code)
+
+    def _tell(self, quiet: float) -> None:
+        """Report, wait for the other ranks' reports, and say who is behind."""
         report = self._report(quiet)
         self._write(report)
         reports = self._others(report)
@@ -159,7 +192,6 @@ class Watchdog:
             self._say(verdict(list(reports.values()), self._world, self._folder))
         else:
             self._wait(lambda: self._folder is None or (self._folder / VERDICT).exists(), GRACE / 2)
-        stop.end(TrainingError.exit_code)
 
     def _report(self, quiet: float) -> Report:
         return Report(
@@ -178,9 +210,7 @@ class Watchdog:
     def _ask_workers(self) -> tuple[str, ...]:
         """Not for long: what they hang on may hold us too."""
         told: list[str] = []
-        asking = threading.Thread(target=lambda: told.extend(self.workers()), daemon=True)
-        asking.start()
-        asking.join(GRACE / 4)
+        stop.within(GRACE / 4, lambda: told.extend(self.workers()))
         return tuple(told)
 
     def _write(self, report: Report) -> None:
@@ -206,7 +236,7 @@ class Watchdog:
             f"loader: {'; '.join(report.workers) or 'nothing known'}\n\n"
             f"threads, of which {self._main:#018x} is the main one:\n"
         )
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))
         file.flush()
         faulthandler.dump_traceback(file=file, all_threads=True)
         file.flush()
@@ -234,9 +264,9 @@ class Watchdog:
             return
         with contextlib.suppress(OSError):
             if (self._folder.parent / LOG).exists():
-                with (self._folder.parent / LOG).open("a", encoding="utf-8") as log:
+                with (self._folder.parent / LOG).open("a", encoding="utf-8", errors="replace") as log:
                     log.write(f"{sentence}\n")
-            (self._folder / VERDICT).write_text(f"{sentence}\n")
+            (self._folder / VERDICT).write_text(f"{sentence}\n", encoding="utf-8", errors="replace")
 
 
 def verdict(reports: Sequence[Report], world: int, folder: Path | None) -> str:
@@ -247,8 +277,8 @@ def verdict(reports: Sequence[Report], world: int, folder: Path | None) -> str:
     behind = [report for report in reports if report.behind() == least]
     said = []
     if silent:
-        ranks = "ranks" if len(silent) > 1 else "rank"
-        said.append(f"{ranks} {', '.join(map(str, silent))} of {world} left no word (stopped, dead or cut off)")
+        ranks = f"{'ranks' if len(silent) > 1 else 'rank'} {', '.join(map(str, silent))} of {world}"
+        said.append(f"{ranks} left no word within {GRACE:g} s (stopped, dead or cut off)")
     if len(behind) < len(reports):
         most = max(report.begun for report in reports)
         said.append(f"behind is {_few(behind)}, with {least[0]} collectives begun where others have {most}")
@@ -267,7 +297,7 @@ def _read(folder: Path, since: float) -> dict[int, Report]:
     """By rank, those written after `since`, by the clock of this machine: a folder may hold those of an earlier run."""
     found = {}
     for path in sorted(folder.glob("rank_*.txt")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
             if path.stat().st_mtime >= since - 1:
                 with path.open(encoding="utf-8", errors="replace") as file:
                     values = json.loads(file.readline())

@@ -223,6 +223,7 @@ def test_one_process_stops_by_its_own_code(launched: Launched) -> None:
 def test_a_program_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
     program = "import time, vlscale.stop as s; g = s.StopGuard(); time.sleep(2.5); print(g.requested)"
     out = tmp_path / "out.txt"
+    out.touch()
     shell = f"{sys.executable} -c '{program}' > {out} 2>&1 &"
     subprocess.run(["bash", "-c", shell], check=True, cwd=ROOT, timeout=30)
     end = time.monotonic() + 20

@@ -24,7 +24,7 @@ from vlscale.data.collate import Sample, collate
 from vlscale.data.decode import MAX_PIXELS, Pixels
 from vlscale.data.order import Draws, Order, TaskOrder
 from vlscale.data.phrases import Texts
-from vlscale.data.samples import Bad, BrokenSampleError
+from vlscale.data.samples import Bad, BrokenSampleError, printable
 from vlscale.data.shards import Shards
 from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
@@ -239,7 +239,7 @@ class Loader:
         said = []
         for worker, sample in enumerate(self._working):
             at = f"at sample {self._shards.key(sample)} of {self._shards.shard(sample)}" if sample != IDLE else "idle"
-            said.append(f"{kind.format(worker)} {at}")
+            said.append(f"{kind.format(worker)} {printable(at)}")
         return said
 
     def served(self, step: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vlscale.data.decode import MAX_PIXELS
-from vlscale.data.storage.stores import StoreOptions
+from vlscale.data.storage.stores import PIPE, StoreOptions, scheme
 from vlscale.errors import ConfigError
 
 
@@ -69,6 +69,13 @@ class DataConfig:
                 "data.mix=step keeps a step to one source, and token_buckets mixes steps; write data.mix=sample, or "
                 "data.batching=cost"
             )
+
+    def remote(self) -> bool:
+        """Whether some shards come out of stores, or of commands."""
+        urls = [*(self.val or ())]
+        for globs in self.train.values() if isinstance(self.train, Mapping) else [self.train or ()]:
+            urls += [globs] if isinstance(globs, str) else globs
+        return any(url.startswith(PIPE) or scheme(url) for url in urls)
 
     def stores(self) -> StoreOptions:
         """How remote and compressed shards are read."""
