@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -145,6 +146,8 @@ class FullDisk:
                 return write(self, bytes(data)[:taken])
 
         def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+            if mode == "wb" and disk.free < 1 << 40:  # a new file
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return File(path, mode.replace("b", "")) if options == {"buffering": 0} else open(path, mode, **options)
 
         monkeypatch.setattr(Path, "open", opened)
@@ -165,6 +168,33 @@ def test_a_full_disk_ends_nothing_and_loses_no_line(tmp_path: Path, monkeypatch:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert console.getvalue().count("metrics.jsonl cannot be written (No space left on device)") == 1
     assert "cannot be written" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_goes_on_and_back_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 0, 8, until=6, tensorboard=False)
+    disk = FullDisk(monkeypatch)
+    disk.free = 200
+    console = io.StringIO()
+    monitor = Monitor(tmp_path, steps=8, start=4, rank=0, tensorboard=False, console=console)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    for step in (5, 6, 7, 8):  # of which the disk takes one and a part of the next
+        monitor.scalars(step, values(step))
+    monitor.go_back(6)
+    disk.free = 1 << 40
+    monitor.scalars(7, values(7))
+    monitor.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl"]
+
+
+def test_lines_that_no_disk_lets_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 0, 8, until=6, tensorboard=False)
+    read_only = mock.Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    console = io.StringIO()
+    with mock.patch.object(Path, "open", read_only):
+        monitor = Monitor(tmp_path, steps=8, start=5, rank=0, tensorboard=False, console=console)
+    assert "it still has lines of steps that are made again" in console.getvalue()
+    monitor.close()
 
 
 def test_tensorboard_ends_where_its_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

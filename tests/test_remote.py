@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -67,7 +68,7 @@ def newest(url: str) -> tuple[int, float, list[str]]:
     if found is None:
         return 0, 0.0, warnings
     (value,) = set(Reader(found.folder).whole("master/weight").tolist())
-    step, folder = found.step, checkpoint.run_folder(found)
+    step, folder = found.step, checkpoint.run_of(found)
     del found
     assert not folder.exists()
     return step, value, warnings
@@ -178,6 +179,22 @@ def ranks_save(url: str) -> tuple[int, list[str], bool]:
 def test_ranks_share_what_a_node_fetches(tmp_path: Path) -> None:
     files = ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
     assert run_ranks(ranks_save, 2, f"file://{tmp_path}/run") == [(1, files, False)] * 2
+
+
+def refused(url: str) -> str:
+    """The store says no to the one rank that asks what else lies there."""
+    saver_of(url).start(10, pieces(10, distributed.rank(), distributed.world_size()), {"step": 10})
+    with mock.patch.object(Remote, "kept", side_effect=PermissionError("not allowed")):
+        try:
+            return str(checkpoint.newest(Remote(url)))
+        except CheckpointError as error:
+            return str(error)
+
+
+def test_what_one_rank_cannot_fetch_ends_all(tmp_path: Path) -> None:
+    said = run_ranks(refused, 2, f"file://{tmp_path}/run")
+    assert said[0] == said[1]
+    assert said[0].endswith("none is usable: a checkpoint cannot be fetched (not allowed)")
 
 
 @pytest.mark.slow
