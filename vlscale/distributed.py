@@ -318,10 +318,10 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class StopVote:
-    """Who wants to stop, and what else ranks tell one another at each step, agreed without making a GPU wait.
+    """Who wants to stop, and what else ranks tell one another at each step, in one small message.
 
     Every rank calls `agreed` once per step, with as many numbers as all others, and gets the same answer. On a GPU
-    it is one step old.
+    it is one step old; reading it waits for what is queued there.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -70,8 +70,8 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
         if record.spike and not record.end and record.roll_back(step, machine):
             continue
 
-        wishes, behind = vote.agreed(int(guard.requested), -record.saver.halves)  # the greatest of each on any rank
-        record.saver.go_on(-behind)
+        wishes, slowest = vote.agreed(int(guard.requested), -record.saver.halves)  # the greatest of all ranks'
+        record.saver.go_on(-slowest)
         stopping, last = wishes > 0, step == run.steps
         if stopping or last:
             guard.heed()
