@@ -89,10 +89,10 @@ def record(into: Collectives, timeout: timedelta = TIMEOUT) -> Callable[[], None
         setattr(dist, name, into.recorded(name, function))
     make = dist.new_group
 
-    def new_group(ranks: Any = None, timeout: timedelta | None = timeout, *rest: Any, **options: Any) -> Any:
+    def _new_group(ranks: Any = None, timeout: timedelta | None = timeout, *rest: Any, **options: Any) -> Any:
         return make(ranks, timeout, *rest, **options)
 
-    dist.new_group = new_group
+    dist.new_group = _new_group
     return lambda: vars(dist).update(plain)
 
 
