@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
-from vlscale import checkpoint, distributed
-from vlscale.background import HostMemory, Saved, Saver
-from vlscale.errors import CheckpointError, TrainingError
+from vlscale import checkpoint, distributed, host_memory
+from vlscale.background import Saved, Saver
+from vlscale.errors import CheckpointError, ConfigError, TrainingError
+from vlscale.host_memory import HostMemory
 from vlscale.options import CheckpointConfig
 from vlscale.pieces import Piece, Reader, Writable
 from vlscale.targets import Folder
@@ -113,6 +114,84 @@ def test_the_memory_is_one_copy_used_again() -> None:
     large = memory.hold(pieces(3, places=5000))
     assert large[0].values.shape == (5000,)
     assert memory._room.numel() == -(-5000 * 4 // 64) * 64 + 64
+
+
+class Runtime:
+    """CUDA's, which gives these codes in turn, and says what it was asked."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes, self.asked = list(codes), list[str]()
+
+    def cudaHostRegister(self, place: int, size: int, flags: int) -> int:  # noqa: N802
+        self.asked.append("register")
+        return self.codes.pop(0)
+
+    def cudaHostUnregister(self, place: int) -> int:  # noqa: N802
+        self.asked.append("unregister")
+        return self.codes.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "warnings"),
+    [
+        ((0, 0, 0), ["register", "unregister", "register"], 0),
+        ((2, 0), ["register", "register"], 1),
+        ((2, 2), ["register", "register"], 1),
+    ],
+)
+def test_page_locked_or_not(
+    codes: tuple[int, ...], asked: list[str], warnings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not locked is not unlocked, and it is said once."""
+    runtime, told = Runtime(*codes), list[str]()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = HostMemory(told.append)
+    for places in (1000, 5000, 3000):
+        assert memory.hold(pieces(2, places=places))[0].values.tolist() == [2.0] * places
+    assert runtime.asked == asked
+    assert len(told) == warnings
+    assert all("cannot be page-locked" in each for each in told)
+
+
+def test_the_old_room_goes_before_the_new_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, seen = HostMemory(), list[int]()
+    make = host_memory._host_memory
+    monkeypatch.setattr(host_memory, "_host_memory", lambda size: (seen.append(memory._room.numel()), make(size))[1])
+    memory.hold(pieces(1))
+    memory.hold(pieces(1, places=5000))
+    assert seen == [0, 0]
+
+
+def test_too_little_memory_is_told_before_it_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available", lambda: 4000)
+    saver = Saver(Folder(tmp_path), CheckpointConfig())
+    for ask in (saver.reserve, saver._memory.hold):
+        with pytest.raises(ConfigError, match=r"no host memory for a copy .*GiB are left.*checkpoint.background=false"):
+            ask(pieces(1))
+    Saver(Folder(tmp_path), CheckpointConfig(background=False)).reserve(pieces(1))
+    saver.reserve(pieces(1, places=500))
+    saver.reserve(pieces(1, places=900))  # as much again is not asked for
+    saver.reserve(pieces(1, places=900))
+
+
+def test_the_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "job" / "step"
+    texts = {group.parent: ("9000", "5000", "anon 1\ninactive_file 300\n"), group: ("max", "5000", ""), tmp_path: ()}
+    group.mkdir(parents=True)
+    for folder, told in texts.items():
+        for name, text in zip(("memory.max", "memory.current", "memory.stat"), told, strict=False):
+            (folder / name).write_text(f"{text}\n")
+    read = host_memory._read
+    proc = {"/proc/self/cgroup": "4:memory:/else\n0::/job/step\n"}
+    monkeypatch.setattr(host_memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(host_memory, "_read", lambda path: proc.get(str(path)) or read(path))
+    assert host_memory.available() == 4300
+    (group / "memory.max").write_text("5100\n")
+    assert host_memory.available() == 100
+    (group / "memory.max").write_text("4100\n")
+    assert host_memory.available() == 0
 
 
 def test_in_the_foreground_nothing_is_copied(tmp_path: Path) -> None:
@@ -291,6 +370,38 @@ def dying(root: Path, step: int, keep: int, number: int) -> int:
     os._exit(100 + len(killed.seen))
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_each_line_is_on_the_disk_before_the_next(
+    tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noted(name: str, say: Callable[..., str]) -> None:
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given: (seen.append(f"{name} {say(*given)}"), real(*given))[1])
+
+    def of(path: Any) -> str:
+        return str(Path(path).relative_to(tmp_path))
+
+    noted("fsync", lambda descriptor: of(os.readlink(f"/proc/self/fd/{descriptor}")))
+    noted("rename", lambda old, new: of(new))
+    noted("replace", lambda old, new: of(new))
+    saver = Saver(Folder(tmp_path / "to"), CheckpointConfig(background=background))
+    save(saver, 1)
+    saver.finish()
+    partial = "to/.step_00000001.partial"
+    assert seen == [
+        *(f"fsync {partial}/{name}" for name in ("rank_00000.safetensors", "state.json", "manifest.json")),
+        f"fsync {partial}",
+        "rename to/step_00000001",
+        "fsync to",
+        "fsync .",
+        "fsync to/.latest.partial",
+        "replace to/latest",
+        "fsync to",
+    ]
+
+
 @pytest.mark.parametrize(("case", "keep"), [("leftover", 1), ("again", 2)])
 def test_killed_at_each_file_operation(tmp_path: Path, case: str, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`latest` and the newest are usable at all times; what the kill left goes with the next save."""
@@ -328,6 +439,15 @@ def test_killed_at_each_file_operation(tmp_path: Path, case: str, keep: int, mon
 # --- several ranks -------------------------------------------------------------------------------------------
 
 
+def rank_reserves() -> str:
+    """There is room for one rank's copy, and two are on this machine: why not."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(host_memory, "available", lambda: 6000)
+        with pytest.raises(ConfigError) as caught:
+            HostMemory().reserve(pieces(1, distributed.rank(), 2, places=2000))
+    return str(caught.value)
+
+
 def ranks_save(root: Path, faulty: int) -> dict[str, Any]:
     """Three saves by votes; that of step 2 fails on one rank."""
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -348,8 +468,10 @@ def ranks_save(root: Path, faulty: int) -> dict[str, Any]:
         over.append(saver.halves)
     found = checkpoint.newest(Folder(root))
     assert found is not None
+    refused = rank_reserves()
     return {
         "over": over,
+        "refused": refused,
         "told": [saved.failure for saved in told],
         "warnings": warnings,
         "found": (found.step, found.state["rank"]),
@@ -361,6 +483,8 @@ def ranks_save(root: Path, faulty: int) -> dict[str, Any]:
 def test_ranks_save_together(tmp_path: Path) -> None:
     first, second = run_ranks(ranks_save, 2, tmp_path, 1)
     assert first["over"] == second["over"] == [2, 4, 6]
+    assert "no host memory for a copy" in first["refused"]
+    assert first["refused"] == second["refused"]
     assert second["told"] == second["warnings"] == []
     assert [failure == "" for failure in first["told"]] == [True, False, True]
     assert "rank 1: [Errno 28] No space left on device" in first["warnings"][0]

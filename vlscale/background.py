@@ -8,25 +8,21 @@ at the same step. `Saver.finish` does the same by waiting.
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from vlscale import distributed, pieces
 from vlscale.errors import CheckpointError, TrainingError
+from vlscale.host_memory import HostMemory
 from vlscale.options import CheckpointConfig
 from vlscale.pieces import Piece, Writable
 from vlscale.targets import Listed, Target
 
-ALIGN = 64  # bytes
 POLL = 1.0  # seconds between two looks at a save that the run waits for
 PATIENCE = 3.0  # seconds for a thread to notice that it is given up
 
@@ -67,14 +63,15 @@ class Saver:
         warn: Callable[[str], None] = lambda message: None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tell` hears of each save when it is over, `warn` of those that failed; both on rank 0 only.
+        """`tell` hears of each save when it is over, `warn` of those that failed; both on rank 0 only,
+        but for what is amiss with a rank's memory.
 
         `beat` is called while the run waits for a save that makes headway.
         """
         self._target, self._options, self._tell, self._warn, self._beat = target, options, tell, warn, beat
         self._written = 0  # bytes of the file under way
         self._rank = distributed.rank()
-        self._memory = HostMemory()
+        self._memory = HostMemory(warn)
         self._given_up = threading.Event()
         self._save: _Save | None = None
         self._halves = 0  # that are behind all ranks
@@ -92,19 +89,24 @@ class Saver:
         return self._save is not None
 
     def reserve(self, live: Sequence[Piece]) -> None:
-        """Take the memory for the copies before the first is due, so that a lack of it shows at the start."""
-        if self._options.background:
-            self._memory.hold(live)
+        """Take the memory for the copies before the first is due, so that a lack of it shows at the start.
 
-    def start(self, step: int, live: Sequence[Piece], state: Mapping[str, Any]) -> None:
+        Raises:
+            ConfigError: there is too little.
+        """
+        if self._options.background:
+            self._memory.reserve(live)
+
+    def start(self, step: int, live: Sequence[Piece], state: Mapping[str, Any], began: float | None = None) -> None:
         """Save these pieces (this rank's) and `state` (rank 0's counts) as the checkpoint of `step`.
 
-        They may change as soon as this returns. A save that is still under way is waited for.
+        They may change as soon as this returns. A save that is still under way is waited for. The run has waited since
+        `began` (time.perf_counter; None = now).
 
         Raises:
             TrainingError: `checkpoint.failures` saves in a row have failed.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() if began is None else began
         self.finish()
         background = self._options.background
         held = self._memory.hold(live) if background else live
@@ -250,56 +252,3 @@ class _Watched:
     def write(self, data: memoryview, /) -> Any:
         self._tell(len(data))
         return self._file.write(data)
-
-
-class HostMemory:
-    """Room for one copy of this rank's pieces, used again by every save; page-locked where there is a GPU."""
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0, dtype=torch.uint8)
-
-    def hold(self, live: Sequence[Piece]) -> list[Piece]:
-        """The same pieces with values of their own, until the next call."""
-        starts, size = [], 0
-        for piece in live:
-            starts.append(size)
-            size += -(-piece.values.nbytes // ALIGN) * ALIGN
-        if size > self._room.numel():
-            if self._room.numel() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                _cuda().cudaHostUnregister(self._room.data_ptr())
-            self._room = _host_memory(size)
-        held = []
-        for piece, start in zip(live, starts, strict=True):
-            place = self._room[start : start + piece.values.nbytes].view(piece.values.dtype)
-            place.copy_(piece.values.detach(), non_blocking=True)
-            held.append(replace(piece, values=place))
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-        return held
-
-
-def _host_memory(size: int) -> Tensor:
-    """[size] uint8, which forked children do not have: they would make every later copy one of pages as well.
-
-    Raises:
-        TrainingError: there is no such memory.
-    """
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise TrainingError(
-            f"there is no host memory for a copy of this rank's state ({size / 2**30:.1f} GiB: {error.strerror}); "
-            "write checkpoint.background=false, which needs none but waits for the disk"
-        ) from error
-    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
-        if hasattr(mmap, advice):
-            with suppress(OSError):
-                memory.madvise(getattr(mmap, advice))
-    room = torch.frombuffer(memory, dtype=torch.uint8)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        _cuda().cudaHostRegister(room.data_ptr(), size, 0)  # torch's own memory rounds up to a power of 2
-    return room
-
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
