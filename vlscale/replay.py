@@ -18,15 +18,17 @@ from torch import Tensor, nn
 
 from vlscale import build, config, distributed, ds_config, non_finite, optim, train
 from vlscale.build import Request
-from vlscale.config import RunConfig
 from vlscale.data.samples import printable
-from vlscale.errors import DONE, CheckpointError, ConfigError
+from vlscale.errors import DONE, STOPPED, CheckpointError, ConfigError
 from vlscale.lines import read
 from vlscale.model import PretrainModel
 from vlscale.monitor import METRICS
+from vlscale.optim import OptimConfig
 from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
+from vlscale.stop import StopGuard
 from vlscale.targets import write_atomically
 from vlscale.types import Moment
+from vlscale.watchdog import Watchdog, limits
 
 SHOWN = 20  # parameters that the table names
 Found = dict[str, Any]
@@ -53,7 +55,12 @@ def show(where: str, file: str | None, leave: Sequence[str] = ()) -> int:
         free = ds_config.COUNTS if run.data.tokens is not None else ds_config.COUNTS[2:]  # ranks may be others
         ds = Path(folder) / "ds_config.json"
         ds.write_text(json.dumps({key: value for key, value in given.items() if key not in free}))
-        found = _replay(Request(run, str(ds), out, until=step - 1), step)
+        watched = limits(run.watchdog, run.data)
+        guard = StopGuard(patience=watched.step)
+        with Watchdog(watched, None) as watchdog:
+            found = _replay(Request(run, str(ds), out, until=step - 1), step, guard, watchdog)
+    if found is None:
+        return STOPPED
     if distributed.rank() == 0:
         print("\n".join(table(out, found)))
         if file is not None:
@@ -72,7 +79,8 @@ def parse(where: str) -> tuple[Path, int]:
     return Path(out), int(number)
 
 
-def _replay(request: Request, step: int) -> Found:
+def _replay(request: Request, step: int, guard: StopGuard, watchdog: Watchdog) -> Found | None:
+    """What was found; None if it was asked to stop before."""
     run = request.run
     setting = build.setup(request)
     model = build.build_model(run)
@@ -96,10 +104,15 @@ def _replay(request: Request, step: int) -> Found:
         print(f"replaying step {step} of {setting.out} from {source}: {step - start} step(s)", flush=True)
         if (ranks := _ranks(setting.out)) not in (None, distributed.world_size()):
             print(f"the run had {ranks} rank(s): here the samples are the same, the numbers nearly so", flush=True)
-        if _steps_were_others(setting.out, step, run, model):
+        if _steps_were_others(setting.out, step, run.optim, run.steps, model):
             print("the run made this step with another `steps`: its schedules, and so its numbers, were others")
     plans, noted = distributed.StepPlans(), Noted()
+    vote = distributed.StopVote(setting.device)
+    watchdog.workers = loader.working
     for number, micro_batches in loader.steps(start, step):
+        watchdog.at("step", number)
+        if any(vote.agreed(guard.requested)):
+            return None
         if number < step:
             train.one_step(run, model, machine, plans, number, micro_batches)
             continue
@@ -134,10 +147,10 @@ def _first_step(out: Path) -> int:
         return 1
 
 
-def _steps_were_others(out: Path, step: int, run: RunConfig, model: PretrainModel) -> bool:
+def _steps_were_others(out: Path, step: int, options: OptimConfig, steps: int, model: PretrainModel) -> bool:
     """Whether the learning rates that were logged are not those of the run as it is configured now."""
-    lr = optim.lr_at(step, run.optim, run.steps)
-    here = {f"lr/{group['name']}": lr * group["scale"] for group in optim.groups(model.named_parameters(), run.optim)}
+    lr = optim.lr_at(step, options, steps)
+    here = {f"lr/{group['name']}": lr * group["scale"] for group in optim.groups(model.named_parameters(), options)}
     logged = [line for line in read(out / METRICS) if line["step"] == step]
     return any(line.get(name, rate) != rate for line in logged for name, rate in here.items())
 
