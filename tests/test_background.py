@@ -197,10 +197,11 @@ def test_the_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.
 def test_in_the_foreground_nothing_is_copied(tmp_path: Path) -> None:
     told: list[Saved] = []
     saver = Saver(Folder(tmp_path), CheckpointConfig(background=False), told.append)
-    save(saver, 3)
+    saver.start(3, pieces(3), {"step": 3}, time.perf_counter() - 100)  # what the run has waited for before counts
     assert newest(tmp_path) == (3, 3.0)
     assert saver._memory._room.numel() == 0
     assert len(told) == 1
+    assert 100 < told[0].stall_seconds < told[0].seconds
     assert all(each.name != "checkpoint" for each in threading.enumerate())
 
 

@@ -22,7 +22,7 @@ from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import Agree, Options, Toy
 from tests.models import albef_batch, albef_model
 from tests.states import equal, whole, whole_weights, write
-from vlscale import distributed, ds_config, pieces
+from vlscale import disk, distributed, ds_config, pieces
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.errors import CheckpointError
 from vlscale.local_engine import LocalEngine
@@ -319,6 +319,7 @@ def test_nothing_is_copied_and_equal_shares_are_written(tmp_path: Path) -> None:
     for held in run_ranks(shares, 2):
         assert held["copied"] == []
         assert held["bytes"] == pytest.approx(held["whole"] / 2, rel=0.02)
+        assert held["whole"] - held["counts"] == held["planned"]
 
 
 def shares() -> dict[str, Any]:
@@ -329,11 +330,15 @@ def shares() -> dict[str, Any]:
     live += [each for state in engine._optimizer.optimizer.state.values() for each in state.values()]
     live += engine._averages.averages
     storages = {each.untyped_storage().data_ptr() for each in live}
-    sizes = [piece.values.numel() * piece.values.element_size() for piece in own]
+    sizes = [piece.values.nbytes for piece in own]
+    counts = sum(piece.values.nbytes for piece in own if piece.name.startswith("step/"))
+    whole = distributed.sum_over_ranks({"all": torch.tensor(float(sum(sizes))), "counts": torch.tensor(float(counts))})
     return {
         "copied": [piece.name for piece in own if piece.values.untyped_storage().data_ptr() not in storages],
         "bytes": sum(sizes),
-        "whole": float(distributed.sum_over_ranks({"sizes": torch.tensor(float(sum(sizes)))})["sizes"]),
+        "whole": float(whole["all"]),
+        "counts": float(whole["counts"]),
+        "planned": disk.checkpoint_bytes(engine.model, OPTIM),
     }
 
 

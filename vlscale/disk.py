@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from vlscale import distributed, optim, optimizers
+from vlscale import optim, optimizers, state
 from vlscale.model import PretrainModel
 from vlscale.optim import OptimConfig
 from vlscale.options import CheckpointConfig
@@ -20,9 +21,8 @@ def checkpoint_bytes(model: PretrainModel, optim_config: OptimConfig) -> int:
         for group in optim.groups(model.named_parameters(), optim_config)
         for each in group["params"]
     )
-    own = model.sharded_buffers()  # each rank has others
-    copies = {name: distributed.world_size() if name in own else 1 for name, _ in model.named_buffers()}
-    buffers = sum(each.numel() * each.element_size() * copies[name] for name, each in model.named_buffers())
+    kept = (piece for side in state.buffers(model) for piece in side)
+    buffers = sum(math.prod(piece.shape) * piece.values.element_size() for piece in kept)
     return 4 * sum(each.numel() for each in model.parameters()) + moments + buffers
 
 

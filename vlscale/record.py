@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -230,6 +231,7 @@ class Record:
             TrainingError: the ranks' key queues have come to differ, or too many saves have failed.
             CheckpointError: the last has failed.
         """
+        began = time.perf_counter()
         self._watchdog.at("checkpoint", step)
         agreement.same_settings("what the ranks keep", self._model.queue_digests())
         loader = {**self._loader.state(), "bad_samples": self._bad_samples(step)}
@@ -245,7 +247,7 @@ class Record:
             "spikes": self._spikes.state(),
             "rolled_back": self._rolled_back,
         }
-        self.saver.start(step, machine.pieces(), state)
+        self.saver.start(step, machine.pieces(), state, began)
         if last:
             self.saver.finish(last=True)
         self._clock.skip()
