@@ -29,6 +29,12 @@ console.run(main, [])
         ("raise errors.DataError('no shards')", 3, "-c: no shards\n"),
         ("raise ValueError('our mistake')", 1, "ValueError: our mistake\n"),
         ("raise KeyboardInterrupt", 130, ""),
+        (
+            "from vlscale import distributed; distributed.shutdown = lambda: time.sleep(600); "
+            "console.FAREWELL = 0.1; return 0",
+            0,
+            "",
+        ),
         ("os.mkdir(os.environ['NEW']); return os.stat(os.environ['NEW']).st_mode & 0o7", 0o5, ""),
     ],
 )

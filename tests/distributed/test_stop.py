@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.distributed.loop import lock_name
-from vlscale.errors import STOPPED
+from vlscale.errors import STOPPED, TrainingError
 
 LOOP = Path(__file__).with_name("loop.py")
 ROOT = LOOP.parents[2]
@@ -230,3 +230,32 @@ def test_a_program_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
     while not out.read_text() and time.monotonic() < end:
         time.sleep(0.1)
     assert out.read_text() == "False\n"
+
+
+REQUESTED = """
+import os, signal, time
+from vlscale.stop import StopGuard
+guard = StopGuard(deadline=0.5, patience={patience})
+os.kill(os.getpid(), signal.SIGTERM)
+assert guard.requested
+{then}
+time.sleep(2.5)  # the step goes on, or the save
+print("saved")
+"""
+
+
+@pytest.mark.parametrize(
+    ("patience", "then", "saves"),
+    [
+        (0, "", False),
+        (0, "guard.heed()", True),  # however long the save takes
+        (60, "", True),  # nobody kills it in the meantime
+        (60, "guard.request('the launcher is gone', hurry=True)", False),
+    ],
+)
+def test_who_does_not_begin_to_stop_is_ended(patience: float, then: str, saves: bool) -> None:
+    program = REQUESTED.format(patience=patience, then=then)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if saves else TrainingError.exit_code), done.stderr
+    assert done.stdout == ("saved\n" if saves else "")
+    assert ("SIGTERM: no stop within" in done.stderr) != saves
