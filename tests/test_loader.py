@@ -238,6 +238,9 @@ class Stuck(Shards):
             (Path(self.paths[0]).parent / "waiting").read_bytes()
         return super().read(i, only)
 
+    def key(self, i: int) -> str:
+        return f"\x1b{super().key(i)}"  # not for a terminal
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_worker_that_hangs_is_known_by_its_sample(tokenizer: Tokenizer, workers: int, tmp_path: Path) -> None:
@@ -249,7 +252,7 @@ def test_a_worker_that_hangs_is_known_by_its_sample(tokenizer: Tokenizer, worker
     reader = threading.Thread(target=list, args=(loader.steps(0, -(-COUNT // BATCH)),), daemon=True)  # an epoch
     reader.start()
     who = "loader worker 0" if workers else "the loader's thread"
-    expected = [f"{who} at sample {stuck.key(5)} of {stuck.shard(5)}"]
+    expected = [f"{who} at sample \\x1b{stuck.key(5)[1:]} of {stuck.shard(5)}"]
     end = time.monotonic() + 60
     while loader.working() != expected and time.monotonic() < end:
         time.sleep(0.02)
