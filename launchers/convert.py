@@ -45,7 +45,9 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace]:
     parser.add_argument("--weights", metavar="FILE|DIR|RUN", help="what is converted")
     parser.add_argument("--to", metavar="DIR|FILE", help="a new folder (--from), or a .safetensors file")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="with --from: whose family and objectives these are")
-    parser.add_argument("--dtype", metavar="fp32|bf16", help="default: as they are; fp32 of --merge: ZeRO's masters")
+    parser.add_argument(
+        "--dtype", metavar="fp32|bf16|fp16", help="default: as they are; a run's are rounded from its masters"
+    )
     arguments = console.parse(parser, argv)
     given = vars(arguments)
     way = next(each for each in TAKES if given[each.replace("-", "_")] is not None)

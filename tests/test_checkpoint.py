@@ -79,7 +79,7 @@ def test_latest_names_the_newest(run: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000020"
     assert checkpoint.last_step(Folder(run / "checkpoints")) == 20
     assert newest(run) == (20, [])
-    assert checkpoint.run_folder(checkpoint.find(str(run))) == run
+    assert checkpoint.run_of(checkpoint.find(str(run))) == run
 
 
 def test_the_newest_are_kept(run: Path, machine: LocalEngine) -> None:

@@ -270,12 +270,13 @@ def test_a_family_that_transformers_lacks(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
 
 
-def saved(out: Path, seed: int = 0) -> tuple[Path, PretrainModel]:
-    """A run folder with one checkpoint of plain PyTorch."""
+def saved(out: Path, seed: int = 0, precision: str = "fp32", steps: int = 1) -> tuple[Path, PretrainModel]:
+    """A run folder with checkpoints of plain PyTorch."""
     model = albef_model(seed=seed)
     engine = LocalEngine(model, OptimConfig(), torch.device("cpu"))
     saver = Saver(Folder(out / "checkpoints"), CheckpointConfig(background=False))
-    saver.start(1, engine.pieces(), {"step": 1, "precision": "fp32", "engine": engine.scalars()})
+    for step in range(1, steps + 1):
+        saver.start(step, engine.pieces(), {"step": step, "precision": precision, "engine": engine.scalars()})
     return out, model
 
 
@@ -307,6 +308,54 @@ def test_a_checkpoint_into_the_authors_names(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="another family's"):
         convert.into_published("clip", str(run), str(tmp_path / "clip.safetensors"))
     assert not (tmp_path / "clip.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "kinds"),
+    [
+        ("bf16", None, [torch.bfloat16]),
+        ("bf16", "fp32", []),
+        ("bf16", "bf16", [torch.bfloat16]),
+        ("fp16", "bf16", [torch.bfloat16]),
+        ("bf16", "fp16", [torch.float16]),
+    ],
+)
+def test_a_dtype_is_rounded_to_once(
+    precision: str, dtype: str | None, kinds: list[torch.dtype], tmp_path: Path
+) -> None:
+    """From the fp32 masters, whatever the run was trained in, and whatever the file."""
+    run, model = saved(tmp_path / "run", precision=precision)
+    for convert_to in (convert.merge, lambda *given: convert.into_published("albef", *given)):
+        file = tmp_path / f"{convert_to.__name__}.safetensors"
+        convert_to(str(run), str(file), dtype)
+        wanted = model.get_parameter("objectives.itm.head.weight").detach()
+        for kind in kinds:
+            wanted = wanted.to(kind)
+        found = load_file(file)
+        (name,) = {"objectives.itm.head.weight", "itm_head.weight"} & found.keys()
+        assert found[name].dtype == wanted.dtype
+        assert torch.equal(found[name], wanted)
+
+
+def test_an_older_one_is_not_taken_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = saved(tmp_path / "run", steps=2)
+    file = run / "checkpoints" / "step_00000002" / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "of step 1" in convert.merge(str(run), str(tmp_path / "a.safetensors"))[0]
+    convert.into_published("albef", str(run), str(tmp_path / "b.safetensors"))
+    assert capsys.readouterr().err.count("has changed since it was written (its sha256 differs); going back to") == 2
+    with pytest.raises(CheckpointError, match="its sha256 differs"):
+        weights.read(file.parent)  # init.weights names this one
+
+
+def test_only_what_a_manifest_lists_is_read(tmp_path: Path) -> None:
+    run, model = saved(tmp_path / "run")
+    folder = run / "checkpoints" / "step_00000001"
+    (folder / "rank_00007.safetensors").write_bytes(b"of another run")
+    assert set(weights.read(folder)) == {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    convert.merge(str(run), str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.slow

@@ -31,11 +31,10 @@ from vlscale.nn.queue import QueueOptions
 from vlscale.optim import OptimConfig
 from vlscale.pieces import Piece, Reader
 from vlscale.train import one_step
-from vlscale.types import Batch, Keys, Moment
+from vlscale.types import DTYPES, Batch, Keys, Moment
 
 TOY = Options()
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIM = OptimConfig(weight_decay=0.1, eps=1e-4, clip=1.0)
 LAMB = OptimConfig("lamb", weight_decay=0.1, clip=1.0)
 slow = pytest.mark.slow

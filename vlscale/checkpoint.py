@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -29,12 +29,12 @@ from vlscale.data.storage.stores import scheme, shown
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.remote import Remote
 from vlscale.targets import MANIFEST, STATE, Folder, Target, as_json, step_name
+from vlscale.types import DTYPES
 
 if TYPE_CHECKING:
     from vlscale.engine import Engine
 
 FOLDER = "checkpoints"  # of a run
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 THREADS = 4  # files that a rank hashes at a time
 FILE_NAME = re.compile(r"\w[\w.-]*")
 T = TypeVar("T")
@@ -61,13 +61,21 @@ class Checkpoint:
         """The optimizer step after which it was written."""
         return int(self.state["step"])
 
+    def reader(self) -> pieces.Reader:
+        """Of the files that the manifest lists.
+
+        Raises:
+            CheckpointError: one is not readable.
+        """
+        return pieces.Reader(self.folder, [name for name in _listed(self.folder) if name != STATE])
+
     def restore(self, machine: Engine) -> None:
         """Go on from it; what was fetched is then removed. All ranks take part.
 
         Raises:
             CheckpointError: it is of another model, or some of it is missing.
         """
-        machine.restore(pieces.Reader(self.folder), self.state["engine"])
+        machine.restore(self.reader(), self.state["engine"])
         self.release()
 
     def release(self) -> None:
@@ -164,8 +172,15 @@ def last_step(place: Target) -> int:
     return steps[-1]
 
 
-def find(path: str, warn: Callable[[str], None] = lambda message: None) -> Checkpoint:
+def to_stderr(message: str) -> None:
+    """Warn a user who waits for a command."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def find(path: str, warn: Callable[[str], None] = to_stderr) -> Checkpoint:
     """The checkpoint that a user names: its own folder, or a run's folder or `checkpoint.to` (its newest).
+
+    `warn` hears of newer ones that are broken.
 
     Raises:
         ConfigError: the path is empty or absent.
@@ -198,10 +213,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def weights(found: Checkpoint, exact: bool = False) -> dict[str, Tensor]:
     """{our name: whole tensor} of every parameter and buffer; parameters as they were trained, or `exact`: in fp32."""
-    return pieces.weights(pieces.Reader(found.folder), None if exact else DTYPES[found.state["precision"]])
+    return pieces.weights(found.reader(), None if exact else DTYPES[found.state["precision"]])
 
 
-def run_folder(checkpoint: Checkpoint) -> Path:
+def run_of(checkpoint: Checkpoint) -> Path:
     """The run that a checkpoint belongs to."""
     return checkpoint.folder.parent.parent
 

@@ -20,6 +20,7 @@ from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean
 from vlscale.families.base import Renames, Size
 from vlscale.hugging_face import FORMS
+from vlscale.types import DTYPES
 
 
 class System(NamedTuple):
@@ -37,7 +38,6 @@ OTHERS = {  # systems that are not called as the family they are
     "siglip": System("clip", {}, recipe="siglip_vit_b16", names="SIGLIP"),
 }
 WIDTHS = {"hidden": "heads", "visual_width": "visual_heads", "coattention_width": "coattention_heads"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODEL = "model.safetensors"
 SHOWN = 6  # names in a message
 
@@ -99,7 +99,7 @@ def into_published(system: str, source: str, out: str, dtype: str | None = None)
         CheckpointError: unreadable, or not this system's network.
     """
     known = _system(system)
-    own, file = _own(source), _new_file(out)
+    own, file = _own(source, dtype), _new_file(out)
     made = weights.publish(own.tensors, getattr(config.pick("families", known.family), known.names))
     foreign = [each for each in made.nameless if each.startswith("family.")]
     if foreign:
@@ -121,7 +121,7 @@ def to_hugging_face(source: str, out: str, dtype: str | None = None) -> list[str
         ConfigError: `transformers` has no such model, or the folder holds something.
         CheckpointError: unreadable, or without the family's configuration.
     """
-    own, folder = _own(source), _new(Path(out))
+    own, folder = _own(source, dtype), _new(Path(out))
     path = own.folder / run_folder.CONFIG
     if not path.is_file():
         raise CheckpointError(f"there is no {path} to tell the family; give a run, a checkpoint or a converted folder")
@@ -155,14 +155,14 @@ def merge(source: str, out: str, dtype: str | None = None) -> list[str]:
     Args:
         source: a run folder (its newest checkpoint), or a checkpoint.
         out: a .safetensors file.
-        dtype: `fp32`, the masters; `bf16`; None = as they were trained.
+        dtype: what the fp32 masters are rounded to (`fp32` = not at all); None = as they were trained.
 
     Raises:
         ConfigError: no such folder, or a file that is there already.
         CheckpointError: no usable checkpoint.
     """
     file, found = _new_file(out), checkpoint.find(source)
-    exact = dtype == "fp32"
+    exact = dtype is not None
     tensors = _cast(checkpoint.weights(found, exact), dtype)
     _save(file, tensors, None)
     return [f"{file}: {len(tensors)} tensors of step {found.step}{', from the fp32 masters' if exact else ''}"]
@@ -171,15 +171,17 @@ def merge(source: str, out: str, dtype: str | None = None) -> list[str]:
 # --- where weights come from and go to ---------------------------------------------------------------------
 
 
-def _own(source: str) -> Own:
-    """Weights under our names: a file, a converted folder, a checkpoint or a run."""
+def _own(source: str, dtype: str | None) -> Own:
+    """Weights under our names: a file, a converted folder, a checkpoint or a run, whose masters are to be rounded to
+    `dtype` (None: as they were trained).
+    """
     path, found = Path(source), None
     if path.is_file() or (path / MODEL).is_file():
         folder = path if path.is_dir() else path.parent
         tensors = weights.read(path)
     else:
         found = checkpoint.find(source)
-        folder, tensors = checkpoint.run_folder(found), checkpoint.weights(found)
+        folder, tensors = checkpoint.run_of(found), checkpoint.weights(found, exact=dtype is not None)
     if not any(name.startswith("family.") for name in tensors):
         raise CheckpointError(
             f"{source} holds no tensors under our names; `--from SYSTEM` turns the authors' into ours"

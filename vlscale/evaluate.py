@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,8 +33,8 @@ def evaluate(
         raise ConfigError(f"--limit should be at least 0, which means all samples (got {limit})")
     if task is not None:
         config.pick("evaluation", task)  # a wrong name is said at once
-    found = checkpoint.find(path, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-    folder = checkpoint.run_folder(found)
+    found = checkpoint.find(path)
+    folder = checkpoint.run_of(found)
     run = config.load(str(folder / run_folder.CONFIG))
     shards = Shards(list(data), options=run.data.stores()) if data else build.open_shards(run).val
     tokenizer = Tokenizer(folder / vocabulary.TOKENIZER, run.family.inputs)

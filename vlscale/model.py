@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.nn import moving
-from vlscale.nn.queue import DTYPES, KeyQueue, QueueOptions
-from vlscale.types import Batch, Fused, Keys, Loss, Moment, Pass, Stream, Visual, lengthened
+from vlscale.nn.queue import KeyQueue, QueueOptions
+from vlscale.types import DTYPES, Batch, Fused, Keys, Loss, Moment, Pass, Stream, Visual, lengthened
 
 if TYPE_CHECKING:
     from vlscale.families.base import Family

@@ -28,7 +28,7 @@ from vlscale.errors import CheckpointError
 FILES = "rank_*.safetensors"
 CHUNK = 1 << 24  # bytes that are hashed and written at a time
 MASTER, BUFFER, RING, RANKS = "master/", "buffer/", "ring/", "ranks/"
-DTYPES = {  # safetensors' names
+NAMES = {  # safetensors' of types
     torch.float64: "F64",
     torch.int64: "I64",
     torch.float32: "F32",
@@ -77,7 +77,7 @@ def write(file: Writable, pieces: Sequence[Piece]) -> tuple[int, str]:
     size = 0
     for piece in ordered:
         end = size + piece.values.numel() * piece.values.element_size()
-        dtype, shape = DTYPES[piece.values.dtype], [piece.values.numel()]
+        dtype, shape = NAMES[piece.values.dtype], [piece.values.numel()]
         header[f"{piece.name}@{piece.start}"] = {"dtype": dtype, "shape": shape, "data_offsets": [size, end]}
         size = end
     assert len(header) == len(pieces) + 1, "a stretch stands once"
@@ -110,13 +110,17 @@ class Stretch(NamedTuple):
 class Reader:
     """Named tensors out of all ranks' files in a folder; nothing is read before it is asked for.
 
+    Args:
+        folder: of a checkpoint.
+        names: of its files; None = all that are there.
+
     Raises:
         CheckpointError: there is no such file, or one is not readable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
         self.folder = folder
-        files = sorted(folder.glob(FILES))
+        files = sorted(folder.glob(FILES) if names is None else (folder / name for name in names))
         if not files:
             raise CheckpointError(f"{folder} holds no {FILES}; give a checkpoint's folder")
         self._files: dict[Path, Any] = {}

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names in our files
 IGNORE = -100  # label of a position that no loss counts
 
 # How a region's place is told (`vlscale.data.regions` has the formulas); W x H are the picture's pixels.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlscale import pieces
+from vlscale import checkpoint, pieces
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families.base import Rename, Renames
 from vlscale.model import PretrainModel
@@ -58,14 +58,15 @@ def read(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: a .safetensors, .bin, .pt, .pth or .ckpt file (a checkpoint's `model` or `state_dict` part is
             taken, and DDP's `module.` before every name is left out), or a folder with such a file or a
-            Hugging Face index; or a checkpoint of ours, whose weights are then the fp32 masters.
+            Hugging Face index; or a checkpoint of ours, whose weights are then the fp32 masters, once every file
+            is what was written (all ranks take part).
 
     Raises:
         CheckpointError: it is missing, unreadable, not a dict of tensors, or would need code to run.
     """
     path = Path(path)
     if path.is_dir() and next(path.glob(pieces.FILES), None):
-        return pieces.weights(pieces.Reader(path))
+        return checkpoint.weights(checkpoint.open_checkpoint(path), exact=True)
     file = _in_folder(path) if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"no weights at {file}; give a {', '.join(SUFFIXES)} file or a folder with one")

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from vlscale import distributed
 from vlscale.nn import contrast
+from vlscale.types import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DRAWN = 4096  # rows that the random start draws at a time, so that no rank needs room for all
 
 
