@@ -104,8 +104,11 @@ def test_a_step_is_replayed_and_looked_into(poisoned: tuple[Path, str], tmp_path
 def test_any_step_can_be_replayed(poisoned: tuple[Path, str], tmp_path: Path) -> None:
     out = Path(shutil.copytree(poisoned[0], tmp_path / "run"))
     lines = {line["step"]: line for line in metrics(out) if "loss" in line}
-    with (out / "bad_steps.jsonl").open("a") as lines_of:
-        lines_of.write('{"step": 7, "rolled_ba')  # while the run writes it
+    run = config.load(str(out / "config.yaml"))
+    others = [replay._steps_were_others(out, 5, run.optim, steps, build.build_model(run)) for steps in (STEPS, 9)]
+    assert others == [False, True]
+    with (out / "bad_steps.jsonl").open("a") as file_of_steps:
+        file_of_steps.write('{"step": 7, "rolled_ba')  # while the run writes it
     for step, start in ((1, 0), (2, 0), (5, 4), (8, 6)):
         file = tmp_path / f"{step}.json"
         run_ranks(replayed, 2, f"{out}:{step}", str(file))
