@@ -30,7 +30,7 @@ from vlscale.errors import DataError, TrainingError
 from vlscale.options import WatchdogConfig
 from vlscale.watchdog import Report, Watchdog, limits, patience, verdict
 
-LIMIT, GRACE, REAL_LIMIT = 3.0, 2.0, 15  # seconds; this machine may be busy
+LIMIT, GRACE, REAL_LIMIT = 3.0, 2.0, 10  # seconds; this machine may be busy
 HUNG = TrainingError.exit_code
 
 
