@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,7 +17,8 @@ import yaml
 from tests.distributed.spawn import run_ranks
 from tests.runs import ROOT, TINY, figures, launch, losses, metrics, run_whole, stop_at
 from tests.states import equal, whole
-from vlscale import config
+from vlscale import config, train
+from vlscale.build import Request
 from vlscale.errors import DONE, STOPPED
 from vlscale.record import Record
 
@@ -26,7 +28,7 @@ CUT = ("steps=32", "checkpoint.every=5", "logging.every=2", "evaluation.every=16
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 steps of the tiny model at ZeRO 2, never disturbed."""
+    """32 steps of the tiny model at ZeRO 2, never disturbed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     run_whole(1, out, *CUT)
     return out
@@ -38,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("config.yaml", "ds_config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"),
-        *("log.txt", "tokenizer.json"),
+        *("log.txt", "tokenizer.json", ".lock"),
     }
     assert list((finished / "tensorboard").glob("events.*"))
     assert (finished / "checkpoints" / "latest").read_text() == f"step_{STEPS:08d}\n"
@@ -121,9 +123,6 @@ def test_evaluate_gives_the_figures_of_the_run(finished: Path, tmp_path: Path) -
 
 def train_here(ds_path: str, recipe: str, out: str, overrides: list[str]) -> int:
     """On each of several ranks: a whole run."""
-    from vlscale import train
-    from vlscale.build import Request
-
     return train.train(Request(config.load(recipe, overrides), ds_path, Path(out)))
 
 
@@ -152,6 +151,28 @@ def fails_to_evaluate(*given: Any) -> str:
             return str(train_here(*given))
         except MemoryError as error:
             return str(error)
+
+
+def stops_at_its_last_step(*given: Any) -> int:
+    def make_and_stop(*step: Any) -> train.StepResult:
+        made = one_step(*step)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return made
+
+    one_step = train.one_step
+    with mock.patch.object(train, "one_step", make_and_stop):
+        return train_here(*given)
+
+
+def test_a_stop_at_the_last_step_leaves_the_evaluation_to_the_next_start(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    start = ("ds_configs/zero2.json", "quickstart", str(out), [*TINY, *CUT, f"steps={STEPS + 1}"])
+    assert run_ranks(stops_at_its_last_step, 1, *start) == [STOPPED]
+    assert f"stopped at step {STEPS + 1} by SIGUSR1" in (out / "log.txt").read_text()
+    assert [line["step"] for line in figures(out) if "eval/retrieval/i2t_r1" in line] == [16, STEPS]
+    assert run_ranks(train_here, 1, *start) == [DONE]
+    assert [line["step"] for line in figures(out) if "eval/retrieval/i2t_r1" in line] == [16, STEPS, STEPS + 1]
 
 
 def test_an_evaluation_that_fails_costs_no_step(finished: Path, tmp_path: Path) -> None:
