@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -110,6 +111,8 @@ def test_a_run_goes_on_with_the_vocabulary_and_the_answers_that_it_began_with(tm
     began = build.setup(request)
     build.write_folder(run, began)
     assert build.setup(request).vocabulary == began.vocabulary
+    with pytest.raises(ConfigError, match="--out /proc/run cannot be written"):
+        build.write_folder(run, replace(began, out=Path("/proc/run")))
     kept = tmp_path / "run" / vocabulary.TOKENIZER
     assert json.loads(text.read_tokenizer(kept)) == json.loads(began.vocabulary)  # the way out that is named
     write_vocabulary([*SPECIAL_TOKENS, *reversed(WORDS)], given)

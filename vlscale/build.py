@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import agreement, checkpoint, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
+from vlscale import (
+    agreement,
+    begin,
+    checkpoint,
+    config,
+    distributed,
+    ds_config,
+    engine,
+    preflight,
+    run_folder,
+    vocabulary,
+)
 from vlscale.checkpoint import Checkpoint
 from vlscale.config import RunConfig
 from vlscale.data import held_out
@@ -29,13 +40,11 @@ from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
 from vlscale.disk import checkpoint_bytes, still_needed
 from vlscale.engine import DeepSpeedEngine
-from vlscale.errors import CheckpointError, ConfigError
+from vlscale.errors import ConfigError
 from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel, Task, check_served
-from vlscale.monitor import evaluated
 from vlscale.objectives.base import Objective
-from vlscale.optim import KEPT
 from vlscale.options import InitConfig
 from vlscale.recompute import set_activation_checkpointing
 from vlscale.targets import write_atomically
@@ -75,16 +84,16 @@ class Setting:
 
 
 def finished(request: Request) -> bool:
-    """Whether `out` holds this very run with all its steps done, and evaluated; rank 0 says so."""
-    if request.out is None or request.resume != "auto":
+    """Whether `out` holds this very run with all its steps done, and evaluated; rank 0 says so. Joins the group."""
+    run, out = request.run, request.out
+    if out is None or request.resume == "never":
         return False
-    run_folder.check(request.out, config.dump(request.run), request.resume)
-    step = checkpoint.last_step(checkpoint.target(request.out, request.run.checkpoint.to))
-    if step < request.run.steps or (step == request.run.steps and not evaluated(request.out, step)):
-        return False
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{request.out} holds this run, finished at step {step}; there is nothing left to do")
-    return True
+    distributed.init(patience(limits(run.watchdog, run.data)))
+    asked = (run.checkpoint.to, config.dump(run), request.resume)
+    said = agreement.by_rank_0(lambda: begin.finished(out, *asked, run.steps))
+    if said and distributed.rank() == 0:
+        print(said)
+    return bool(said)
 
 
 def setup(request: Request) -> Setting:
@@ -97,8 +106,6 @@ def setup(request: Request) -> Setting:
     decided = ds_config.Decided(run.recipe, run.data.batch, run.data.micro_batch, run.optim.clip)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ds = ds_config.merge(ds, request.ds_path, decided, world)
-    if request.out is not None:
-        run_folder.check(request.out, config.dump(run), request.resume)
     warnings: list[str] = []
     _threads()
     train, sources, val = open_shards(run)
@@ -106,6 +113,8 @@ def setup(request: Request) -> Setting:
         warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
     device = distributed.init(patience(limits(run.watchdog, run.data)))
+    asked = (request.out, run.checkpoint.to, config.dump(run), request.resume)
+    agreement.by_rank_0(lambda: begin.check(*asked))
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
     told = {
         "--resume": request.resume,
@@ -114,9 +123,9 @@ def setup(request: Request) -> Setting:
         "shards of data.val": f"{val.fingerprint()} ({len(val)} samples)",
     }
     agreement.same_settings("what the ranks were told", {**config.flat(run), **told})
-    begin = _find_begin(request, warnings)
+    first = begin.find(*asked, warnings.append, request.until)
     asks, inputs = _asks(run), run.family.inputs
-    began = out if begin is None else checkpoint.run_folder(begin)
+    began = out if first is None else checkpoint.run_of(first)
     read = {"questions": asks, "tags": inputs.tags}
     kept = agreement.by_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
     answers = (
@@ -140,20 +149,27 @@ def setup(request: Request) -> Setting:
     noted: tuple[str, ...] = ()
     if distributed.rank() == 0:
         noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))
-    return Setting(out, ds, device, train, sources, val, tokenizer, kept, tuple(answers.splitlines()), begin, noted)
+    return Setting(out, ds, device, train, sources, val, tokenizer, kept, tuple(answers.splitlines()), first, noted)
 
 
 def write_folder(run: RunConfig, setting: Setting) -> None:
     """What a run folder holds before step 1; only when all is built, so that a mistake leaves no folder behind."""
     hosts = distributed.gather_objects(socket.gethostname())
-    if distributed.rank() == 0:
-        run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
-        write_atomically(setting.out / vocabulary.TOKENIZER, setting.vocabulary)
-        if setting.answers:
-            listed = "".join(f"{answer}\n" for answer in setting.answers)
-            write_atomically(setting.out / vocabulary.ANSWERS, listed)
+
+    def write() -> str:
+        try:
+            run_folder.write(setting.out, config.dump(run), setting.ds, [str(host) for host in hosts])
+            write_atomically(setting.out / vocabulary.TOKENIZER, setting.vocabulary)
+            if setting.answers:
+                listed = "".join(f"{answer}\n" for answer in setting.answers)
+                write_atomically(setting.out / vocabulary.ANSWERS, listed)
+        except OSError as error:
+            raise ConfigError(f"--out {setting.out} cannot be written ({error}); give another --out") from error
         if setting.begin is not None:
             checkpoint.mend_latest(checkpoint.target(setting.out, run.checkpoint.to), setting.begin.step)
+        return ""
+
+    agreement.by_rank_0(write)
     agreement.by_rank_0(lambda: checkpoint.keep_beside(setting.out, run.checkpoint.to, KEPT_BESIDE))
 
 
@@ -336,22 +352,6 @@ def _objective(name: str, options: Any, family: Family) -> Objective:
             check_served(name, kind.needs, family)
     made: Objective = module.build(options, family)
     return made
-
-
-def _find_begin(request: Request, warnings: list[str]) -> Checkpoint | None:
-    """The checkpoint that the run goes on from; the ranks look for it together."""
-    if request.resume == "never" or (request.resume == "auto" and request.out is None):
-        return None
-    if request.resume == "auto":
-        assert request.out is not None
-        place = checkpoint.target(request.out, request.run.checkpoint.to)
-        return checkpoint.newest(place, warnings.append, request.until)
-    found = checkpoint.find(request.resume, warnings.append)
-    for what, keys in (("model", ("family", "objectives")), ("optimizer", tuple(f"optim.{key}" for key in KEPT))):
-        odd = run_folder.differing(checkpoint.run_folder(found), config.dump(request.run), keys)
-        if odd:
-            raise CheckpointError(f"--resume {request.resume} holds another {what}: {odd}; give its keys")
-    return found
 
 
 def _asks(run: RunConfig) -> bool:

@@ -17,11 +17,14 @@ from typing import Any
 import yaml
 
 from vlscale import __version__
+from vlscale.data.storage import locks
 from vlscale.errors import ConfigError
 from vlscale.targets import write_atomically
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HANGS = "hangs"  # what a hang left behind: `watchdog`
+LOCK = ".lock"
+PATIENCE = 20.0  # seconds for the end of a process that is being ended
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
 SAVING = tuple(f"checkpoint.{key}" for key in ("every", "keep", "keep_every", "failures", "background"))
@@ -51,7 +54,7 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         ConfigError: it holds another run (names the keys that differ), or any run with `--resume never`.
     """
     if not (out / CONFIG).is_file():
-        early = (HANGS, f".{CONFIG}.")  # what is left of a start that was ended before it had written any
+        early = (HANGS, LOCK, f".{CONFIG}.")  # what is left of a start that was ended before it had written any
         if out.exists() and (not out.is_dir() or any(not each.name.startswith(early) for each in out.iterdir())):
             raise ConfigError(f"--out {out} exists and is not a run folder; give another one")
         return
@@ -78,9 +81,23 @@ def differing(out: Path, configuration: Mapping[str, Any], among: tuple[str, ...
     return f"{shown}{more} differ" if found else ""
 
 
+def hold(out: Path) -> None:
+    """Have the folder to ourselves until this process ends, where its file system has locks.
+
+    Raises:
+        ConfigError: another process writes there.
+    """
+    if holder := locks.hold(out / LOCK, PATIENCE):
+        raise ConfigError(
+            f"--out {out} is written by {holder}; stop that one, or give another --out "
+            f"(if it is gone with its machine: remove {out / LOCK})"
+        )
+
+
 def write(out: Path, configuration: Mapping[str, Any], ds: Mapping[str, Any], hosts: Sequence[str]) -> None:
-    """config.yaml, ds_config.json and environment.json; `hosts` names the machine of each rank."""
+    """config.yaml, ds_config.json and environment.json; `hosts` names the machine of each rank. Holds the folder."""
     out.mkdir(parents=True, exist_ok=True)
+    hold(out)
     _put_aside(out / HANGS)
     write_atomically(out / CONFIG, yaml.safe_dump(dict(configuration), sort_keys=False))
     write_atomically(out / DS_CONFIG, json.dumps(dict(ds), indent=2) + "\n")

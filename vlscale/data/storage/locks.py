@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +44,33 @@ def alone(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def hold(path: Path, patience: float) -> str:
+    """Lock a file until this process ends, and note in it who has it; or, after `patience` seconds, who has it instead.
+
+    Empty: it is ours, or nobody can lock there. A process may take it again; its children do not have it.
+    """
+    until = time.monotonic() + patience
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)  # closed by the end of the process
+    except OSError:
+        return ""
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                return holder or "another process"
+        except OSError:
+            return ""
+        time.sleep(0.2)
+    with suppress(OSError):
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".ljust(100).encode(), 0)
+    return ""
 
 
 def _opened(path: Path) -> int:
