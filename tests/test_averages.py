@@ -48,8 +48,13 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-
         assert float((found[name] - tensor).abs().max()) <= atol, name
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("world", [pytest.param(1, marks=slow), 2, pytest.param(4, marks=slow)])
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [
+        *((2, name) for name in STAGES),
+        *(pytest.param(w, name, marks=slow) for w in (1, 4) for name in ("zero1", "zero3")),
+    ],
+)
 def test_the_twin_equals_plain_pytorch_on_the_joined_batch(world: int, name: str, plain: dict[str, Tensor]) -> None:
     everyone = run_ranks(toy_twin.weights_after, world, PLAIN, name, STEPS)
     for found in everyone:

@@ -208,9 +208,8 @@ def near(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], relat
         assert float((found[key] - value).norm()) <= relative * float(value.norm()) + slack, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("stage", ["zero0", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_two_ranks_equal_one(stage: str) -> None:
-    check(2, stage, 5, list(CASES))
+def test_two_ranks_equal_one() -> None:
+    check(2, "zero0", 5, list(CASES))
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -222,7 +221,7 @@ def test_two_micro_batches_on_two_ranks_equal_one_batch(stage: str) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("world", "stage", "steps"),
-    [(2, "zero0", 50), (2, "zero1", 50), (2, "zero2", 50), (2, "zero3", 25), (4, "zero1", 50), (4, "zero3", 25)],
+    [(2, "zero0", 25), (2, "zero1", 50), (2, "zero2", 25), (2, "zero3", 25), (4, "zero1", 50), (4, "zero3", 25)],
 )
 def test_many_steps_on_several_ranks_equal_one_process(world: int, stage: str, steps: int) -> None:
     check(world, stage, steps, list(CASES) if world == 2 else [name for name in CASES if "albef" not in name])
