@@ -85,7 +85,7 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
             monitor.say(f"stopped at step {step} by {by}; the same command goes on from there")
             return STOPPED
         if evaluation_due(run, step):
-            record.evaluate(step)  # after the save: whatever becomes of it, a next start has no step to make again
+            record.evaluate(step)  # after the save, which its failure cannot cost
         watchdog.at("data", step + 1)
     monitor.say(f"done: {run.steps} steps, in {setting.out}")
     return DONE
