@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from vlscale import distributed
-from vlscale.errors import TrainingError, VlscaleError, differences
+from vlscale.errors import CheckpointError, TrainingError, VlscaleError, differences
+
+T = TypeVar("T")
 
 
 def by_rank_0(make: Callable[[], str]) -> str:
@@ -33,3 +35,16 @@ def same_settings(name: str, settings: Mapping[str, str]) -> None:
     everyone: list[Any] = distributed.gather_objects(dict(settings))
     if any(other != everyone[0] for other in everyone):
         raise TrainingError(f"{name} differs: {differences(everyone)}; start every rank the same way")
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives, if it fails on no rank; else the CheckpointError of the lowest rank that failed."""
+    made, failure = None, None
+    try:
+        made = work()
+    except CheckpointError as error:
+        failure = error
+    for each in distributed.gather_objects(failure):
+        if isinstance(each, CheckpointError):
+            raise each
+    return cast(T, made)

@@ -6,6 +6,7 @@ writes it and when in `background`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import Tensor
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"  # of a run
 THREADS = 4  # files that a rank hashes at a time
 FILE_NAME = re.compile(r"\w[\w.-]*")
-T = TypeVar("T")
+
+
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # of a file: it is gone, or its disk cannot read it
+
+
+class UnreachableError(CheckpointError):
+    """A checkpoint that may well be good, but cannot be got at now."""
 
 
 class Fetched:
@@ -113,26 +120,34 @@ def newest(
 
     All ranks take part: each checks a part of the files, and all take the same checkpoint.
 
+    A run may be writing and pruning there meanwhile.
+
     Raises:
-        CheckpointError: there are checkpoints, and every one is broken.
+        CheckpointError: there are checkpoints, and every one is broken, or a newer one cannot be got at: going on from
+            an older one would take it away.
     """
-    steps = [
-        step
-        for step in json.loads(agreement.by_rank_0(lambda: json.dumps(_steps(place))))
-        if until is None or step <= until
-    ]
-    broken: list[str] = []
-    for step in reversed(steps):
+
+    def listed() -> list[int]:
+        every: list[int] = json.loads(agreement.by_rank_0(lambda: json.dumps(_steps(place))))
+        return [step for step in every if step not in broken and (until is None or step <= until)]
+
+    broken: dict[int, str] = {}
+    while steps := listed():
         try:
-            found = _open(place, step)
+            found = _open(place, steps[-1])
         except CheckpointError as error:
-            broken.append(str(error))
+            if steps[-1] not in listed():
+                continue  # pruned
+            if isinstance(error, UnreachableError):
+                raise UnreachableError(f"{error}; no older one is taken, as this one may be good: try again") from error
+            broken[steps[-1]] = str(error)
             continue
-        for reason in broken:
+        for reason in broken.values():
             warn(f"{reason}; going back to {found.folder.name}")
         return found
-    if steps:
-        raise CheckpointError(f"{place.place} holds {len(steps)} checkpoint(s), and none is usable: {broken[0]}")
+    if broken:
+        first = next(iter(broken.values()))
+        raise CheckpointError(f"{place.place} holds {len(broken)} checkpoint(s), and none is usable: {first}")
     return None
 
 
@@ -256,16 +271,23 @@ def _fetch(place: Remote, step: int) -> Checkpoint:
     hosts = distributed.gather_objects(socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[distributed.rank()]]
     index = here.index(distributed.rank())
-    fetched = Fetched() if index == 0 else None
+    fetched = agreement.together(lambda: _room() if index == 0 else None)
     paths = distributed.gather_objects(fetched and fetched.path)
     run = Path(str(paths[here[0]]))
     folder = run / FOLDER / step_name(step)
     manifest = [(f"{step_name(step)}/{MANIFEST}", folder / MANIFEST)]
-    _together(lambda: _get(place, [] if index else manifest))
-    listed = list(_together(lambda: _listed(folder)))
+    agreement.together(lambda: _get(place, [] if index else manifest))
+    listed = list(agreement.together(lambda: _listed(folder)))
     mine = [(f"{step_name(step)}/{name}", folder / name) for name in listed[index :: len(here)]]
-    _together(lambda: _get(place, mine, None if index else run))
+    agreement.together(lambda: _get(place, mine, None if index else run))
     return replace(_checked(folder, index, len(here)), fetched=fetched)
+
+
+def _room() -> Fetched:
+    try:
+        return Fetched()
+    except OSError as error:
+        raise UnreachableError(f"a checkpoint cannot be fetched ({error})") from error
 
 
 def _get(place: Remote, wanted: list[tuple[str, Path]], run: Path | None = None) -> None:
@@ -275,13 +297,15 @@ def _get(place: Remote, wanted: list[tuple[str, Path]], run: Path | None = None)
         for name, path in (*wanted, *kept):
             path.parent.mkdir(parents=True, exist_ok=True)
             place.get(name, path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"a checkpoint lacks a file ({error})") from error
     except OSError as error:
-        raise CheckpointError(f"a checkpoint cannot be fetched ({error})") from error
+        raise UnreachableError(f"a checkpoint cannot be fetched ({error})") from error
 
 
 def _checked(folder: Path, index: int, ranks: int) -> Checkpoint:
     """The checkpoint, of which this rank looks at every `ranks`th file; a mistake is every rank's."""
-    return Checkpoint(folder, _together(lambda: _state(folder, index, ranks)))
+    return Checkpoint(folder, agreement.together(lambda: _state(folder, index, ranks)))
 
 
 def _state(folder: Path, index: int, ranks: int) -> dict[str, Any]:
@@ -293,22 +317,16 @@ def _state(folder: Path, index: int, ranks: int) -> dict[str, Any]:
         raise CheckpointError(first)
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error})") from error
+    except OSError as error:
+        raise _unread(folder / STATE, error) from error
     return state
 
 
-def _together(work: Callable[[], T]) -> T:
-    """What `work` gives, if it fails on no rank; else the CheckpointError of the lowest rank that failed."""
-    made, failure = None, ""
-    try:
-        made = work()
-    except CheckpointError as error:
-        failure = str(error)
-    for each in distributed.gather_objects(failure):
-        if each:
-            raise CheckpointError(str(each))
-    return cast(T, made)
+def _unread(file: Path, error: OSError) -> CheckpointError:
+    kind = CheckpointError if error.errno in LOST else UnreachableError
+    return kind(f"{file} cannot be read ({error.strerror or error})")
 
 
 def _listed(folder: Path) -> Mapping[str, tuple[int, str]]:
@@ -318,7 +336,11 @@ def _listed(folder: Path) -> Mapping[str, tuple[int, str]]:
         text = path.read_text()
         tree = json.loads(text)
         listed = {str(name): (int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
+    except OSError as error:
+        if error.errno not in LOST:
+            raise _unread(path, error) from error
         raise CheckpointError(f"{folder} has no readable {MANIFEST} ({type(error).__name__})") from None
     if text != as_json({"files": {name: list(each) for name, each in listed.items()}}) or STATE not in listed:
         raise CheckpointError(f"{path} has changed since it was written")
@@ -330,12 +352,16 @@ def _listed(folder: Path) -> Mapping[str, tuple[int, str]]:
 def _problem(file: Path, size: int, digest: str) -> str:
     """What is wrong with a file, empty = nothing."""
     try:
-        if not file.is_file() or file.stat().st_size != size:
+        if file.stat().st_size != size:
             return f"{file} is missing or not {size} bytes long, as its manifest says"
         found = hashlib.sha256()
         with file.open("rb", buffering=0) as opened:
             while chunk := opened.read(pieces.CHUNK):
                 found.update(chunk)
+    except FileNotFoundError:
+        return f"{file} is missing or not {size} bytes long, as its manifest says"
     except OSError as error:
+        if error.errno not in LOST:
+            raise _unread(file, error) from error
         return f"{file} cannot be read ({error.strerror or error})"
     return f"{file} has changed since it was written (its sha256 differs)" if found.hexdigest() != digest else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlscale import distributed
+from vlscale import agreement, distributed
 from vlscale.errors import CheckpointError
 from vlscale.nn.moving import Moving
 from vlscale.nn.queue import KeyQueue
@@ -114,13 +114,16 @@ class State:
         (everyones if alike else own).extend(moved)
         return [*own, *deal(everyones)]
 
-    @torch.no_grad()
     def restore(self, reader: Reader) -> None:
-        """Read back what all ranks' `pieces` were, whatever their number and ZeRO stage.
+        """Read back what all ranks' `pieces` were, whatever their number and ZeRO stage. All ranks take part.
 
         Raises:
-            CheckpointError: what was written does not fit this run's model.
+            CheckpointError: what was written does not fit this run's model; on all ranks, though one alone may lack it.
         """
+        agreement.together(lambda: self._restore(reader))
+
+    @torch.no_grad()
+    def _restore(self, reader: Reader) -> None:
         names = {MASTER + name for name in self._names.values()}
         surplus = [name for name in reader.names() if name.startswith(MASTER) and name not in names]
         if surplus:
