@@ -165,6 +165,41 @@ def test_a_disk_that_cannot_be_read(run: Path, number: int, monkeypatch: pytest.
     assert str(of(run, 20)) in warnings[0]
 
 
+@pytest.mark.parametrize("number", range(1, 5))
+@pytest.mark.parametrize("fault", [errno.ETIMEDOUT, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_got_at_is_not_given_up(
+    run: Path, number: int, fault: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save of a run that went on from 10 would take the 20 away."""
+    asked = []
+    opened = Path.open
+
+    def failing(path: Path, *rest: Any, **named: Any) -> Any:
+        asked.append(path.parent == of(run, 20))
+        if sum(asked) == number and asked[-1]:
+            raise OSError(fault, os.strerror(fault), str(path))
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(CheckpointError, match=f"{os.strerror(fault)}.; no older one is taken") as caught:
+        newest(run)
+    assert str(of(run, 20)) in str(caught.value)
+    assert newest(run) == (20, [])
+
+
+def test_a_run_prunes_while_another_looks(run: Path, machine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that is opened is just being taken away, until the run rests."""
+    opened, steps = checkpoint.open_checkpoint, iter((30, 40, 50))
+
+    def opening(folder: Path) -> checkpoint.Checkpoint:
+        if step := next(steps, 0):
+            save(run, machine, step, keep=1)
+        return opened(folder)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", opening)
+    assert newest(run) == (50, [])
+
+
 @pytest.mark.parametrize("harm", [cut_short, Path.unlink, empty, lambda path: path.write_text('{"files": [3]}')])
 def test_a_harmed_manifest_leads_to_the_one_before(run: Path, harm: Callable[[Path], None]) -> None:
     path = of(run, 20) / "manifest.json"
