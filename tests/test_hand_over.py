@@ -202,6 +202,42 @@ def test_a_new_engine_goes_on_as_if_nothing_had_happened(
     equal(whole(tmp_path / "again"), whole(tmp_path / "through"))
 
 
+def no_step_made(root: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """{stage: (its losses from what ZeRO 0 wrote before any step counted, its own from the same start)}."""
+    first = engine_of("zero0", "bf16")
+    write(first, root / "zero0")
+    for step in (1, 2):
+        skipped(first, step)
+    write(first, root / "skipped")
+    losses = {}
+    for stage in STAGES[1:]:
+        skips, handed, own = (engine_of(stage, "bf16", seed=seed) for seed in (1, 1, 0))
+        skips.restore(Reader(root / "skipped"), {})
+        skipped(skips, 1)
+        write(skips, root / f"{stage}_skipped")
+        handed.restore(Reader(root / f"{stage}_skipped"), {})
+        write(handed, root / stage)
+        losses[stage] = train(handed, range(1, 4)), train(own, range(1, 4))
+    return losses
+
+
+def skipped(engine: DeepSpeedEngine, step: int) -> None:
+    """A step whose gradients are not finite."""
+    batch = toy_twin.batch_of(TOY, step, distributed.rank(), distributed.world_size())
+    made = engine.forward(batch, Moment(step))
+    engine.backward(engine.model.total(made.losses, {}) * torch.nan, last=True)
+    assert not engine.step(1e-2).applied
+
+
+@slow
+def test_before_any_step_counted(tmp_path: Path) -> None:
+    for losses in run_ranks(no_step_made, 2, tmp_path):
+        for stage, (handed, own) in losses.items():
+            assert handed == own, stage
+    for name in ("skipped", *(f"{stage}{kind}" for stage in STAGES[1:] for kind in ("_skipped", ""))):
+        equal(whole(tmp_path / name), whole(tmp_path / "zero0"))
+
+
 MODELS: dict[str, tuple[Callable[[], PretrainModel], Callable[..., Batch], tuple[str, ...]]] = {
     "albef": (lambda: albef_model(dropout=0.1), albef_batch, ("all",)),  # twin and queues
     "soho": (lambda: test_soho.model_of(live_statistics=True), test_soho.batch_of, ("all",)),  # dictionary, BatchNorm
