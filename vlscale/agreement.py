@@ -43,8 +43,8 @@ def together(work: Callable[[], T]) -> T:
     try:
         made = work()
     except CheckpointError as error:
-        failure = error
-    for each in distributed.gather_objects(failure):
-        if isinstance(each, CheckpointError):
-            raise each
+        failure = type(error), str(error)
+    everyone: list[Any] = distributed.gather_objects(failure)
+    for kind, message in filter(None, everyone):
+        raise kind(message)
     return cast(T, made)

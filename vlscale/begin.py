@@ -80,7 +80,7 @@ def _check_store(place: Remote, out: Path | None, configuration: Mapping[str, An
     what = f"checkpoint.to={place.place}"
     with TemporaryDirectory() as folder:
         try:
-            known = run_folder.CONFIG in place.kept()
+            known = bool(place.kept((run_folder.CONFIG,)))
             if known:
                 place.get(run_folder.CONFIG, Path(folder) / run_folder.CONFIG)
             elif not place.steps():

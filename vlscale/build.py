@@ -52,8 +52,6 @@ from vlscale.types import Batch
 from vlscale.watchdog import limits, patience
 from vlscale.weights import init_towers, init_whole, owners
 
-KEPT_BESIDE = (run_folder.CONFIG, vocabulary.TOKENIZER, vocabulary.ANSWERS)  # checkpoints in a store: to go on there
-
 
 @dataclass(frozen=True)
 class Request:
@@ -170,7 +168,7 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
         return ""
 
     agreement.by_rank_0(write)
-    agreement.by_rank_0(lambda: checkpoint.keep_beside(setting.out, run.checkpoint.to, KEPT_BESIDE))
+    agreement.by_rank_0(lambda: checkpoint.keep_beside(setting.out, run.checkpoint.to))
 
 
 class Opened(NamedTuple):

@@ -9,13 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
-import shutil
-import socket
 import sys
 import tempfile
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import Tensor
 
-from vlscale import agreement, distributed, pieces
+from vlscale import agreement, distributed, pieces, run_folder, vocabulary
 from vlscale.data.storage.stores import scheme, shown
 from vlscale.errors import CheckpointError, ConfigError
+from vlscale.fetched import Fetched
 from vlscale.remote import Remote
 from vlscale.targets import MANIFEST, STATE, Folder, Target, as_json, step_name
 from vlscale.types import DTYPES
@@ -36,23 +35,14 @@ if TYPE_CHECKING:
     from vlscale.engine import Engine
 
 FOLDER = "checkpoints"  # of a run
+BESIDE = (run_folder.CONFIG, vocabulary.TOKENIZER, vocabulary.ANSWERS)  # those in a store: to go on with
 THREADS = 4  # files that a rank hashes at a time
 FILE_NAME = re.compile(r"\w[\w.-]*")
-
-
 LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # of a file: it is gone, or its disk cannot read it
 
 
 class UnreachableError(CheckpointError):
     """A checkpoint that may well be good, but cannot be got at now."""
-
-
-class Fetched:
-    """A folder for what comes out of a store; it lasts as long as this."""
-
-    def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="vlscale-checkpoint-")
-        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def target(out: Path, to: str | None) -> Target:
     return Remote(to) if to else Folder(out / FOLDER)
 
 
-def keep_beside(out: Path, to: str | None, names: Sequence[str]) -> str:
+def keep_beside(out: Path, to: str | None) -> str:
     """Files of a run folder to where its checkpoints go, if that is a store: whoever finds those can go on.
 
     Raises:
@@ -105,7 +95,7 @@ def keep_beside(out: Path, to: str | None, names: Sequence[str]) -> str:
     """
     place = target(out, to)
     try:
-        for path in (out / name for name in names):
+        for path in (out / name for name in BESIDE):
             if isinstance(place, Remote) and path.is_file():
                 place.keep(path.name, path.read_text())
     except OSError as error:
@@ -268,8 +258,8 @@ def _open(place: Target, step: int) -> Checkpoint:
 
 def _fetch(place: Remote, step: int) -> Checkpoint:
     """A checkpoint out of a store, once per node, in a run folder that is removed afterwards; its ranks share."""
-    hosts = distributed.gather_objects(socket.gethostname())
-    here = [rank for rank, host in enumerate(hosts) if host == hosts[distributed.rank()]]
+    nodes = distributed.gather_objects(_node())
+    here = [rank for rank, node in enumerate(nodes) if node == nodes[distributed.rank()]]
     index = here.index(distributed.rank())
     fetched = agreement.together(lambda: _room() if index == 0 else None)
     paths = distributed.gather_objects(fetched and fetched.path)
@@ -283,6 +273,16 @@ def _fetch(place: Remote, step: int) -> Checkpoint:
     return replace(_checked(folder, index, len(here)), fetched=fetched)
 
 
+def _node() -> tuple[str, int, int]:
+    """The same for all processes that share a folder for temporary files in memory or on a disk."""
+    found = os.stat(tempfile.gettempdir())
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = os.uname().nodename
+    return boot, found.st_dev, found.st_ino
+
+
 def _room() -> Fetched:
     try:
         return Fetched()
@@ -293,7 +293,7 @@ def _room() -> Fetched:
 def _get(place: Remote, wanted: list[tuple[str, Path]], run: Path | None = None) -> None:
     """Files of a store to local ones; those that lie beside its checkpoints into the folder `run`."""
     try:
-        kept = [(name, run / name) for name in place.kept()] if run is not None else []
+        kept = [(name, run / name) for name in place.kept(BESIDE)] if run is not None else []
         for name, path in (*wanted, *kept):
             path.parent.mkdir(parents=True, exist_ok=True)
             place.get(name, path)

@@ -11,7 +11,7 @@ removed before any of them; a store shows an object whole or not at all.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +29,8 @@ GROW = 1000  # parts after which they double
 class Files(Protocol):
     """What is asked of a store; names are relative to the run's URL."""
 
-    def find(self, prefix: str) -> list[str]:
-        """All names that begin so."""
+    def find(self, prefix: str) -> dict[str, int]:
+        """{name: bytes} of all that begin so."""
         ...
 
     def put(self, name: str, content: bytes) -> None:
@@ -45,8 +45,12 @@ class Files(Protocol):
         """An object to a file."""
         ...
 
-    def remove(self, names: list[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Objects, of which some may be absent."""
+        ...
+
+    def forget(self, prefix: str, but: str) -> None:
+        """Give back the room of objects that begin so, and not like `but`, whose writer was killed."""
         ...
 
 
@@ -57,6 +61,8 @@ class Remote:
         """ConfigError for a URL of no kind that is known, or if a package for it is absent."""
         if not scheme(url):
             raise ConfigError(f"checkpoint.to '{url}' is no URL; write one such as s3://bucket/run, or null for --out")
+        if scheme(url) in ("file", "local"):  # fsspec neither syncs these files nor shows them at once
+            raise ConfigError(f"checkpoint.to '{url}' is no store; leave it out: --out is the folder of checkpoints")
         self.place = shown(url).rstrip("/")
         self._files = _open(url.rstrip("/"), self.place)
 
@@ -76,6 +82,13 @@ class Remote:
     def commit(self, step: int, files: Mapping[str, Listed], state: Mapping[str, Any]) -> None:
         """See `Target.commit`."""
         with self._asking():
+            there = self._files.find(f"{step_name(step)}/")
+            for name, (size, _) in files.items():
+                if there.get(f"{step_name(step)}/{name}") != size:
+                    place = f"{self.place}/{step_name(step)}/{name}"
+                    raise OSError(
+                        f"{place} is not there for rank 0; checkpoint.to must be a store that all ranks share"
+                    )
             for name, text in state_and_manifest(files, state).items():
                 self._files.put(f"{step_name(step)}/{name}", text.encode())
         self.name_latest(step)
@@ -97,6 +110,8 @@ class Remote:
             for name in begun - {step_name(each) for each in (*self.steps(), step)}:
                 with self._asking():
                     self._files.remove(self._files.find(f"{name}/"))
+            with self._asking():
+                self._files.forget(PREFIX, but=f"{step_name(step)}/")
 
     def prune(self, step: int, keep: int, keep_every: int) -> None:
         """See `Target.prune`."""
@@ -125,11 +140,12 @@ class Remote:
         with self._asking():
             self._files.get(name, path)
 
-    def kept(self) -> list[str]:
-        """The names of what `keep` wrote."""
-        return [name for name in self._found("") if "/" not in name and name != LATEST]
+    def kept(self, names: Iterable[str]) -> list[str]:
+        """Those that `keep` wrote."""
+        there = self._found("")
+        return [name for name in names if name in there]
 
-    def _found(self, prefix: str) -> list[str]:
+    def _found(self, prefix: str) -> dict[str, int]:
         with self._asking():
             return self._files.find(prefix)
 
@@ -167,14 +183,14 @@ class _Fsspec:
         self._fs, root = import_module("fsspec").core.url_to_fs(url)
         self._root = str(root).rstrip("/") + "/"
 
-    def find(self, prefix: str) -> list[str]:
+    def find(self, prefix: str) -> dict[str, int]:
         self._fs.invalidate_cache()
         folder = self._root + prefix.rpartition("/")[0]
         try:
-            found = [str(name) for name in self._fs.find(folder)]
+            found = {str(name): each["size"] for name, each in self._fs.find(folder, detail=True).items()}
         except FileNotFoundError:
-            return []
-        return [name[len(self._root) :] for name in found if name.startswith(self._root + prefix)]
+            return {}
+        return {name[len(self._root) :]: found[name] for name in found if name.startswith(self._root + prefix)}
 
     def put(self, name: str, content: bytes) -> None:
         with self.create(name) as file:
@@ -197,10 +213,13 @@ class _Fsspec:
     def get(self, name: str, path: Path) -> None:
         self._fs.get_file(self._root + name, str(path))
 
-    def remove(self, names: list[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         for name in names:
             with suppress(FileNotFoundError):
                 self._fs.rm_file(self._root + name)
+
+    def forget(self, prefix: str, but: str) -> None:
+        """There is no way to ask."""
 
 
 class _S3:
@@ -216,9 +235,10 @@ class _S3:
     def _at(self, name: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._root + name}
 
-    def find(self, prefix: str) -> list[str]:
+    def find(self, prefix: str) -> dict[str, int]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._root + prefix)
-        return [each["Key"][len(self._root) :] for page in pages for each in page.get("Contents", ())]
+        found = [each for page in pages for each in page.get("Contents", ())]
+        return {each["Key"][len(self._root) :]: each["Size"] for each in found}
 
     def put(self, name: str, content: bytes) -> None:
         self._client.put_object(**self._at(name), Body=content)
@@ -235,11 +255,24 @@ class _S3:
             raise
 
     def get(self, name: str, path: Path) -> None:
-        self._client.download_file(self._bucket, self._root + name, str(path))
+        try:
+            self._client.download_file(self._bucket, self._root + name, str(path))
+        except self._client.exceptions.ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+                raise FileNotFoundError(f"s3://{self._bucket}/{self._root}{name} is not there") from error
+            raise
 
-    def remove(self, names: list[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         for name in names:
             self._client.delete_object(**self._at(name))
+
+    def forget(self, prefix: str, but: str) -> None:
+        pages = self._client.get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
+            for each in page.get("Uploads", ()):
+                if not each["Key"].startswith(self._root + but):
+                    at = {"Bucket": self._bucket, "Key": each["Key"], "UploadId": each["UploadId"]}
+                    self._client.abort_multipart_upload(**at)
 
 
 class _Upload:
