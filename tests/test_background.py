@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -282,6 +283,44 @@ def test_a_full_commit_is_a_failure_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert "Disk quota exceeded" in warnings[0]
     assert newest(tmp_path) == (1, 1.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_checkpoint_that_latest_does_not_name_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """What `latest` names then stays, too."""
+    warnings: list[str] = []
+    saver = Saver(Folder(tmp_path), CheckpointConfig(keep=1), warn=warnings.append)
+    save(saver, 1)
+    saver.finish()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda path, to: os.stat("/proc/nowhere"))
+        save(saver, 2)
+        saver.finish(last)
+    assert len(warnings) == 1
+    assert "could not be made to name step 2" in warnings[0]
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert newest(tmp_path) == (2, 2.0)
+    save(saver, 3)
+    saver.finish()
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["latest", "step_00000003"]
+
+
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_fsync_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    sync = os.fsync
+
+    def without(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(fault, os.strerror(fault))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", without)
+    warnings: list[str] = []
+    save(Saver(Folder(tmp_path), CheckpointConfig(background=False), warn=warnings.append), 1)
+    assert newest(tmp_path) == ((0, 0.0) if fault == errno.EIO else (1, 1.0))
+    assert len(warnings) == (fault == errno.EIO)
 
 
 def test_our_own_mistakes_are_no_failures_of_the_disk(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class _Save:
     seconds: float = 0.0  # until it was over, on rank 0
     written: bool = False  # by all ranks: the second half
     bytes: int = 0
+    remark: str = ""  # for a warning, on rank 0
 
 
 class Saver:
@@ -218,6 +219,11 @@ class Saver:
             room = self._target.room()
             self._target.discard(save.step)
             return f"{failure}; {room}"
+        try:
+            self._target.name_latest(save.step)
+        except OSError as error:
+            save.remark = f"`latest` in {self._target.place} could not be made to name step {save.step} ({error})"
+            return ""
         with suppress(OSError):  # what cannot be removed harms nobody
             self._target.prune(save.step, self._options.keep, self._options.keep_every)
         return ""
@@ -228,6 +234,8 @@ class Saver:
             self._tell(Saved(save.step, save.bytes, save.stall, save.seconds, failure))
         if not failure:
             self.newest = save.step
+            if save.remark:
+                self._warn(f"{save.remark}; a run goes on from it all the same, and the next save tries again")
             return
         what = f"the checkpoint of step {save.step} could not be written to {self._target.place} ({failure})"
         stays = f"the newest is that of step {self.newest}" if self.newest else "this run has written none yet"

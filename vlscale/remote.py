@@ -91,7 +91,6 @@ class Remote:
                     )
             for name, text in state_and_manifest(files, state).items():
                 self._files.put(f"{step_name(step)}/{name}", text.encode())
-        self.name_latest(step)
 
     def keep(self, name: str, text: str) -> None:
         """A file of the run beside its checkpoints."""

@@ -12,11 +12,13 @@ A folder's save has this order; each line is on the disk before the next begins:
 5. older ones, which are hidden by a rename before they are taken apart.
 
 So whatever ends a save between two of these, `latest` names a whole checkpoint: the one before until 4, and the new one
-after. What lies there hidden is removed by the next save.
+after. (A broken one of the same step is hidden before 3, after `latest` has been made to name the one before it; where
+there is none before it, there is none to name.) What lies there hidden is removed by the next save.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from vlscale.pieces import Writable
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 PREFIX = "step_"
 FILE_MODE, FOLDER_MODE = 0o664, 0o775  # never writable by everybody, whatever the umask
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system that has no fsync of folders
 Listed = tuple[int, str]  # bytes and sha256 of a file
 
 
@@ -51,7 +54,7 @@ class Target(Protocol):
         ...
 
     def commit(self, step: int, files: Mapping[str, Listed], state: Mapping[str, Any]) -> None:
-        """Make a checkpoint of files that all ranks have created, and of `state`."""
+        """Make a checkpoint of files that all ranks have created, and of `state`; `latest` is named after it."""
         ...
 
     def discard(self, step: int) -> None:
@@ -126,7 +129,6 @@ class Folder:
         partial.rename(final)
         for folder in (self.root, self.root.parent):
             _sync(folder)
-        self.name_latest(step)
 
     def discard(self, step: int) -> None:
         """See `Target.discard`."""
@@ -224,5 +226,8 @@ def _sync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
