@@ -268,7 +268,7 @@ def test_what_one_rank_cannot_fetch_ends_all(bucket: Store) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_bucket(bucket: Store, tmp_path: Path) -> None:
     """Stopped, gone on with, and taken up elsewhere by its URL alone; the numbers are those of a run in one go."""
-    before = list(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*"))
+    before = set(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*"))
     steps, url = ("steps=8", "checkpoint.every=3"), "s3://runs/mine"
     runs.run_whole(1, tmp_path / "whole", *steps)
     stored = (*steps, f"checkpoint.to={url}")
@@ -283,4 +283,4 @@ def test_a_run_goes_on_from_a_bucket(bucket: Store, tmp_path: Path) -> None:
     assert "going on after step 8" in said
     measured = runs.launch("evaluate", "--checkpoint", str(tmp_path / "cut"))
     assert measured.returncode == 0, measured.stderr
-    assert list(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*")) == before
+    assert set(Path(tempfile.gettempdir()).glob("vlscale-checkpoint-*")) <= before  # those of killed processes go
