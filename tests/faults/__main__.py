@@ -20,6 +20,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.distributed.spawn import CPU_ONLY
+
+os.environ.update(CPU_ONLY)  # before any library looks: those of several threads cannot be forked
+
 from tests.faults import ranks, setting, trial
 from tests.faults.trial import Bench, Outcome
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from tests.distributed.spawn import CPU_ONLY, free_port
+from tests.distributed.spawn import free_port
 from tests.faults.fault import EVERYONE, Fault
 from tests.faults.harm import STEP, Harm
 from tests.faults.setting import STEPS
@@ -50,8 +50,7 @@ class Ended:
 
 
 def warm() -> None:
-    """Import what every rank needs, so that a rank starts in milliseconds. No thread may begin here."""
-    os.environ.update(CPU_ONLY)
+    """Import what every rank needs, so that a rank starts in milliseconds. No thread may have begun."""
     import tests.distributed.warm  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
