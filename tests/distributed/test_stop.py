@@ -181,7 +181,8 @@ def test_any_process_is_ended(
         assert launched.saved() == ["rank_0.saved", "rank_1.saved"]
     else:  # the rank that lost it has nothing else to say
         assert "ends too: it lost another rank" in launched.said()
-    assert ("Traceback" in launched.said()) == (target == "worker")
+    if target != "top":  # the `deepspeed` command itself answers SIGINT with one
+        assert ("Traceback" in launched.said()) == (target == "worker")
     assert launched.top.returncode in codes
 
 
