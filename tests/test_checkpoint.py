@@ -251,13 +251,14 @@ def test_a_kill_between_the_rename_and_latest(run: Path) -> None:
     assert newest(run)[0] == 20
 
 
-def test_latest_is_mended_when_a_run_goes_on(run: Path) -> None:
+def test_what_a_run_does_not_go_on_from_is_given_up(run: Path) -> None:
     place, latest = Folder(run / "checkpoints"), run / "checkpoints" / "latest"
+    checkpoint.begin_at(place, 30)  # of another run
+    assert place.steps() == [10, 20]
     flip_a_byte(of(run, 20) / PIECES)
-    checkpoint.mend_latest(place, newest(run)[0])
+    checkpoint.begin_at(place, newest(run)[0])
     assert latest.read_text() == "step_00000010\n"
-    checkpoint.mend_latest(place, 30)  # of another run
-    assert latest.read_text() == "step_00000010\n"
+    assert place.steps() == [10]
 
 
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:

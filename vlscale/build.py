@@ -164,7 +164,7 @@ def write_folder(run: RunConfig, setting: Setting) -> None:
         except OSError as error:
             raise ConfigError(f"--out {setting.out} cannot be written ({error}); give another --out") from error
         if setting.begin is not None:
-            checkpoint.mend_latest(checkpoint.target(setting.out, run.checkpoint.to), setting.begin.step)
+            checkpoint.begin_at(checkpoint.target(setting.out, run.checkpoint.to), setting.begin.step)
         return ""
 
     agreement.by_rank_0(write)

@@ -141,11 +141,15 @@ def newest(
     return None
 
 
-def mend_latest(place: Target, step: int) -> None:
-    """`latest` names the checkpoint that the run goes on from, where that lies here: what it named may be broken."""
+def begin_at(place: Target, step: int) -> None:
+    """The run goes on from `step`, if that lies here: later checkpoints, which could not be read, are given up.
+
+    `metrics.jsonl` goes on from there too. So a later start must not meet them again, if the disk failed for a moment
+    only.
+    """
     with suppress(OSError):  # the next save tells
         if step in place.steps():
-            place.name_latest(step)
+            place.go_back(step)
 
 
 def go_back(place: Target, step: int) -> None:

@@ -129,8 +129,9 @@ class Bench:
             outcome.kills += any(fault.kind == "kill" for fault in due) and min(ended.codes) < 0
             if reason := _odd_end(ended, due):
                 return f"start {number} ({', '.join(map(str, due)) or 'undisturbed'}): {reason}"
-            found = ranks.asked(usable, str(out), hurt)
-            if isinstance(found, dict) or found < reached:
+            unread = any(fault.kind == "read" for fault in due)  # so that an older one may have been taken
+            found = ranks.asked(usable, str(out), hurt or unread)
+            if isinstance(found, dict) or (found < reached and not unread):
                 what = found["error"] if isinstance(found, dict) else f"only step {found} of {reached} is left"
                 return f"after start {number} ({', '.join(map(str, due))}): {what}"
             reached = found
