@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import ROOT, environment, metrics, pretrain_command
+from tests.runs import ROOT, environment, figures, metrics, pretrain_command
 from tests.shard_files import sample, write_samples
 from vlscale.data.bad import FILE, PAUSE, SAID, BadSamples, Budget
 from vlscale.data.samples import Bad
@@ -106,7 +106,7 @@ def test_a_run_names_what_it_skips_on_any_rank_and_ends_when_that_is_too_much(tm
         r"allow; the last: sample 's0\d\d' of shard \S+: the picture in 'png' cannot be decoded",
         said,
     ), said
-    stopped = metrics(out)[-1]
+    stopped = figures(out)[-1]
     assert stopped["bad_samples"] > 3
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{stopped['step']:08d}"
     code, said = run(out, data, "data.bad_always=30")
