@@ -72,7 +72,7 @@ def measure(
     model = build.build_model(run)
     machine = build.build_engine(run, setting, model)
     steps = build.build_loader(run, setting, model).steps(0, run.steps)
-    plans, vote = distributed.StepPlans(), distributed.StopVote(setting.device)
+    plans, vote = distributed.StepPlans(), distributed.StopVote()
 
     def step() -> float:
         number, batches = next(steps)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from werkzeug.exceptions import NotFound
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.utils import send_file
@@ -68,6 +69,23 @@ def serving(app: App) -> Iterator[Store]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def s3(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Any]]:
+    """An S3 server with an empty bucket, which the environment names, and a client of boto3's for it."""
+    import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-a-test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with serving(DomainDispatcherApplication(create_backend_app)) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=bucket)
+        yield store, client
+        client.close()
 
 
 def files(folder: Path, ranges: bool = True) -> App:

@@ -495,7 +495,7 @@ def ranks_save(root: Path, faulty: int) -> dict[str, Any]:
     target.go.set()
     target.fault = lambda step: errno.ENOSPC if step == 2 and rank == faulty else 0
     saver = Saver(target, CheckpointConfig(failures=2), told.append, warnings.append)
-    vote = distributed.StopVote(torch.device("cpu"))
+    vote = distributed.StopVote()
     over = []
     for step in range(1, 4):
         saver.start(step, pieces(step, rank, ranks), {"step": step, "rank": rank})

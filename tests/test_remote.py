@@ -17,7 +17,7 @@ import pytest
 
 from tests import runs
 from tests.distributed.spawn import run_ranks
-from tests.store_servers import Store, serving
+from tests.store_servers import Store, s3
 from tests.test_background import pieces, save
 from vlscale import checkpoint, distributed, remote
 from vlscale.background import Saver
@@ -39,17 +39,7 @@ def url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An S3 server with a bucket `runs`; the environment names it."""
-    import boto3
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "of-a-test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with serving(DomainDispatcherApplication(create_backend_app)) as store:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="runs")
-        client.close()
+    with s3("runs", monkeypatch) as (store, _):
         yield store
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests import runs
 from tests.cache_reader import content
 from tests.shard_files import write_samples, write_tar
-from tests.store_servers import Store, files, serving
+from tests.store_servers import Store, files, s3, serving
 from vlscale.data.shards import Shards, StoreOptions
 from vlscale.errors import DataError
 
@@ -79,19 +79,9 @@ def test_a_run_from_a_web_server_that_breaks_off_refuses_and_stalls(
 @pytest.fixture
 def bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An S3 server that holds the data set; the environment names it."""
-    import boto3
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "of-a-test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with serving(DomainDispatcherApplication(create_backend_app)) as store:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="shards")
+    with s3("shards", monkeypatch) as (store, client):
         for path in folder.rglob("*.tar"):
             client.put_object(Bucket="shards", Key=str(path.relative_to(folder)), Body=path.read_bytes())
-        client.close()
         yield store
 
 

@@ -75,7 +75,7 @@ class OurLoop:
     def __init__(self, parts: _Parts, total: int, record: Record) -> None:
         self._parts = parts
         self._record = record
-        self._vote = distributed.StopVote(parts.setting.device)
+        self._vote = distributed.StopVote()
         self._plans = distributed.StepPlans()
         self.steps: Steps = record.timed(0, total)
 

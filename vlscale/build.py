@@ -86,7 +86,7 @@ def finished(request: Request) -> bool:
     run, out = request.run, request.out
     if out is None or request.resume == "never":
         return False
-    distributed.init(patience(limits(run.watchdog, run.data)))
+    _join(run)
     asked = (run.checkpoint.to, config.dump(run), request.resume)
     said = agreement.by_rank_0(lambda: begin.finished(out, *asked, run.steps))
     if said and distributed.rank() == 0:
@@ -110,7 +110,7 @@ def setup(request: Request) -> Setting:
     if unused := unused_weights(run.data):
         warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
-    device = distributed.init(patience(limits(run.watchdog, run.data)))
+    device = _join(run)
     asked = (request.out, run.checkpoint.to, config.dump(run), request.resume)
     agreement.by_rank_0(lambda: begin.check(*asked))
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
@@ -148,6 +148,11 @@ def setup(request: Request) -> Setting:
     if distributed.rank() == 0:
         noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))
     return Setting(out, ds, device, train, sources, val, tokenizer, kept, tuple(answers.splitlines()), first, noted)
+
+
+def _join(run: RunConfig) -> torch.device:
+    """Into the process group, or stay in it: this rank's device. The group waits longer than the watchdog."""
+    return distributed.init(patience(limits(run.watchdog, run.data)))
 
 
 def write_folder(run: RunConfig, setting: Setting) -> None:

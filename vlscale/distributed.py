@@ -317,28 +317,28 @@ def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, packed.unbind(), strict=True))
 
 
-class StopVote:
-    """Who wants to stop, and what else ranks tell one another at each step, in one small message.
+def _between_processors() -> Any:
+    """A group of all ranks, whose messages no GPU waits for; None = the usual one. All ranks take part."""
+    nccl = world_size() > 1 and dist.get_backend() == "nccl"
+    return dist.new_group(backend="gloo") if nccl else None
 
-    Every rank calls `agreed` once per step, with as many numbers as all others, and gets the same answer. On a GPU
-    it is one step old; reading it waits for what is queued there.
+
+class StopVote:
+    """Who wants to stop, and what else ranks tell one another at each step, in one message between the processors.
+
+    Every rank calls `agreed` once per step, with as many numbers as all others, and gets the same answer.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pending: Tensor | None = None
+    def __init__(self) -> None:
+        self._group = _between_processors()
 
     def agreed(self, *numbers: int) -> tuple[int, ...]:
-        """The greatest of all ranks' numbers, each for itself; on a GPU zeros at first."""
+        """The greatest of all ranks' numbers, each for itself."""
         if world_size() == 1:
             return numbers
-        message = torch.tensor(numbers, device=self._device)
-        dist.all_reduce(message, op=dist.ReduceOp.MAX)
-        answer = message
-        if self._device.type != "cpu":
-            answer = torch.zeros_like(message) if self._pending is None else self._pending
-            self._pending = message
-        return tuple(int(number) for number in answer.tolist())
+        message = torch.tensor(numbers)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
+        return tuple(int(number) for number in message.tolist())
 
 
 def gather_parts_(whole: Tensor, part: Tensor) -> None:
@@ -356,9 +356,8 @@ class StepPlans:
     processors of the machines, so that no GPU waits for it.
     """
 
-    def __init__(self, timeout: timedelta = TIMEOUT) -> None:
-        nccl = world_size() > 1 and dist.get_backend() == "nccl"
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if nccl else None
+    def __init__(self) -> None:
+        self._group = _between_processors()
 
     def check(self, step: int, plan: Mapping[str, str]) -> None:
         """Compare what this rank is about to do with all others.

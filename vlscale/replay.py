@@ -107,7 +107,7 @@ def _replay(request: Request, step: int, guard: StopGuard, watchdog: Watchdog) -
         if _steps_were_others(setting.out, step, run.optim, run.steps, model):
             print("the run made this step with another `steps`: its schedules, and so its numbers, were others")
     plans, noted = distributed.StepPlans(), Noted()
-    vote = distributed.StopVote(setting.device)
+    vote = distributed.StopVote()
     watchdog.workers = loader.working
     for number, micro_batches in loader.steps(start, step):
         watchdog.at("step", number)

@@ -21,7 +21,7 @@ from vlscale.nn import momentum
 from vlscale.record import Record
 from vlscale.stop import StopGuard
 from vlscale.types import Batch, Loss, Moment, Visual
-from vlscale.watchdog import Watchdog, limits, patience
+from vlscale.watchdog import Watchdog, limits
 
 
 def train(request: Request) -> int:
@@ -55,8 +55,8 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     monitor.say(build.describe(run, setting, model, start))
     for note in notes if not start else ():
         monitor.say(note)
-    vote = distributed.StopVote(setting.device)
-    plans = distributed.StepPlans(patience(limits(run.watchdog, run.data)))
+    vote = distributed.StopVote()
+    plans = distributed.StepPlans()
     record = Record(run, setting, model, loader, monitor, watchdog)
     ends.callback(record.close)
     if start and evaluation_due(run, start) and not record.evaluated(start):

@@ -44,9 +44,9 @@ def run(guard: StopGuard, folder: Path, mode: str) -> int:
 
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["semprefix"] = f"/{lock_name(folder)}"  # type: ignore[attr-defined]
-    device = distributed.init()
+    distributed.init()
     rank = distributed.rank()
-    vote = distributed.StopVote(device)
+    vote = distributed.StopVote()
     samples = iter(
         DataLoader(
             range(10**6),  # type: ignore[arg-type]
