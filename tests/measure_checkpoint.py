@@ -62,9 +62,9 @@ def measure(
 ) -> tuple[int, int, list[Any]]:
     """On each rank: parameters, bytes of a checkpoint, and per round the seconds of `FIGURES`."""
     from vlscale import build, config, distributed, train
-    from vlscale.background import Saved, Saver
     from vlscale.build import Request
-    from vlscale.targets import Folder
+    from vlscale.saving.background import Saved, Saver
+    from vlscale.saving.targets import Folder
 
     data = ("data.train=embedded", "data.val=embedded", f"data.batch={distributed.world_size()}", "data.micro_batch=1")
     run = config.load(recipe, [*data, "data.workers=0", "steps=100000", *overrides])

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale import distributed, pieces
+from vlscale import distributed
 from vlscale.engine import Engine
 from vlscale.model import PretrainModel
 from vlscale.nn.queue import KeyQueue
-from vlscale.pieces import RANKS, RING, Reader
+from vlscale.saving import pieces
+from vlscale.saving.pieces import RANKS, RING, Reader
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:

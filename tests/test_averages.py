@@ -20,8 +20,8 @@ from vlscale.engine import DeepSpeedEngine, StepReport
 from vlscale.local_engine import LocalEngine
 from vlscale.nn import momentum
 from vlscale.nn.transformer import Stack
-from vlscale.pieces import Reader
 from vlscale.plan import memory_plan
+from vlscale.saving.pieces import Reader
 from vlscale.train import one_step
 from vlscale.types import Moment
 

@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from tests.distributed.spawn import run_ranks
-from vlscale import checkpoint, distributed, host_memory
-from vlscale.background import Saved, Saver
+from vlscale import distributed
 from vlscale.errors import CheckpointError, ConfigError, TrainingError
-from vlscale.host_memory import HostMemory
 from vlscale.options import CheckpointConfig
-from vlscale.pieces import Piece, Reader, Writable
-from vlscale.targets import Folder
+from vlscale.saving import checkpoint, host_memory
+from vlscale.saving.background import Saved, Saver
+from vlscale.saving.host_memory import HostMemory
+from vlscale.saving.pieces import Piece, Reader, Writable
+from vlscale.saving.targets import Folder
 
 
 def pieces(fill: float, rank: int = 0, ranks: int = 1, places: int = 1000) -> list[Piece]:

@@ -14,12 +14,13 @@ import pytest
 import yaml
 
 from tests.test_background import save
-from vlscale import begin, config, run_folder
-from vlscale.background import Saver
+from vlscale import config, run_folder
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.options import CheckpointConfig
-from vlscale.remote import Remote
-from vlscale.targets import Folder
+from vlscale.saving import begin
+from vlscale.saving.background import Saver
+from vlscale.saving.remote import Remote
+from vlscale.saving.targets import Folder
 
 
 def tree(*overrides: str) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from tests.models import albef_batch, albef_model
-from vlscale import checkpoint
-from vlscale.background import Saver
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig
 from vlscale.options import CheckpointConfig
-from vlscale.pieces import Piece
-from vlscale.targets import Folder
+from vlscale.saving import checkpoint
+from vlscale.saving.background import Saver
+from vlscale.saving.pieces import Piece
+from vlscale.saving.targets import Folder
 from vlscale.types import Moment
 
 PIECES = "rank_00000.safetensors"

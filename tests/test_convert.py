@@ -22,7 +22,6 @@ from tests.reference.compare import Folder as Reference
 from tests.runs import launch, run_whole
 from tests.shard_files import reference_folder
 from vlscale import config, convert, weights
-from vlscale.background import Saver
 from vlscale.data.text import read_tokenizer
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import albef, clip, lxmert
@@ -31,7 +30,8 @@ from vlscale.model import PretrainModel
 from vlscale.objectives import answer, itm, masked_object, mlm, sigmoid
 from vlscale.optim import OptimConfig
 from vlscale.options import CheckpointConfig
-from vlscale.targets import Folder
+from vlscale.saving.background import Saver
+from vlscale.saving.targets import Folder
 from vlscale.types import Text, Visual
 
 SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors store and we do not)

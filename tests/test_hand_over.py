@@ -22,14 +22,15 @@ from tests.distributed.spawn import run_ranks
 from tests.distributed.toy_twin import Agree, Options, Toy
 from tests.models import albef_batch, albef_model
 from tests.states import equal, whole, whole_weights, write
-from vlscale import disk, distributed, ds_config, pieces
+from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.errors import CheckpointError
 from vlscale.local_engine import LocalEngine
 from vlscale.model import PretrainModel
 from vlscale.nn.queue import QueueOptions
 from vlscale.optim import OptimConfig
-from vlscale.pieces import Piece, Reader
+from vlscale.saving import disk, pieces
+from vlscale.saving.pieces import Piece, Reader
 from vlscale.train import one_step
 from vlscale.types import DTYPES, Batch, Keys, Moment
 

@@ -27,7 +27,7 @@ from vlscale.nn import moving
 from vlscale.non_finite import Window, is_bad, message, suspicions
 from vlscale.objectives import itm, mlm, mvm
 from vlscale.options import NonFiniteConfig
-from vlscale.pieces import Reader, file_of, write
+from vlscale.saving.pieces import Reader, file_of, write
 from vlscale.train import one_step
 from vlscale.types import Batch, Loss, Moment, Visual
 

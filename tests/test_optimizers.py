@@ -19,8 +19,8 @@ from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.local_engine import LocalEngine
 from vlscale.optim import OptimConfig, SgdConfig
-from vlscale.pieces import Reader
 from vlscale.plan import memory_plan
+from vlscale.saving.pieces import Reader
 
 TOY = toy_twin.Options()
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlscale import pieces
 from vlscale.errors import CheckpointError
-from vlscale.pieces import Piece, Reader
+from vlscale.saving import pieces
+from vlscale.saving.pieces import Piece, Reader
 
 
 def put(folder: Path, rank: int, held: Sequence[Piece]) -> bytes:

@@ -19,12 +19,13 @@ from tests import runs
 from tests.distributed.spawn import run_ranks
 from tests.store_servers import Store, s3
 from tests.test_background import pieces, save
-from vlscale import checkpoint, distributed, remote
-from vlscale.background import Saver
+from vlscale import distributed
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.options import CheckpointConfig
-from vlscale.pieces import Reader
-from vlscale.remote import Remote
+from vlscale.saving import checkpoint, remote
+from vlscale.saving.background import Saver
+from vlscale.saving.pieces import Reader
+from vlscale.saving.remote import Remote
 
 
 @pytest.fixture(params=["memory", "s3"])

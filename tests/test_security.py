@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 
 from tests.runs import ROOT, TINY, environment
 from tests.shard_files import png, write_tar
-from vlscale import checkpoint, config, ds_config, pieces, run_folder, weights
+from vlscale import config, ds_config, run_folder, weights
 from vlscale.data.formats.recognise import refuse_pickle
 from vlscale.data.regions import parse
 from vlscale.data.shards import Shards
 from vlscale.data.text import read_tokenizer
 from vlscale.errors import CheckpointError, ConfigError, VlscaleError
-from vlscale.targets import as_json
+from vlscale.saving import checkpoint, pieces
+from vlscale.saving.targets import as_json
 
 # --- what the code may not say ---
 

@@ -23,7 +23,7 @@ from vlscale.data.shards import Shards
 from vlscale.errors import ConfigError, VlscaleError
 from vlscale.monitor import Monitor
 from vlscale.options import SpikeConfig
-from vlscale.pieces import Reader
+from vlscale.saving.pieces import Reader
 from vlscale.spikes import FEWEST, Spikes
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlscale import distributed
 from vlscale.nn import momentum
-from vlscale.state import Span, place
+from vlscale.saving.state import Span, place
 
 Pairs = Sequence[tuple[nn.Parameter, nn.Parameter]]  # (online, twin)
 

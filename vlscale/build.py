@@ -12,19 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import (
-    agreement,
-    begin,
-    checkpoint,
-    config,
-    distributed,
-    ds_config,
-    engine,
-    preflight,
-    run_folder,
-    vocabulary,
-)
-from vlscale.checkpoint import Checkpoint
+from vlscale import agreement, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.config import RunConfig
 from vlscale.data import held_out
 from vlscale.data import views as view_data
@@ -38,7 +26,6 @@ from vlscale.data.shards import Shards
 from vlscale.data.sources import EMBEDDED, make_order, named, open_sources, unused_weights
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Views
-from vlscale.disk import checkpoint_bytes, still_needed
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.evaluation.base import usual_task
@@ -47,7 +34,10 @@ from vlscale.model import PretrainModel, Task, check_served
 from vlscale.objectives.base import Objective
 from vlscale.options import InitConfig
 from vlscale.recompute import set_activation_checkpointing
-from vlscale.targets import write_atomically
+from vlscale.saving import begin, checkpoint
+from vlscale.saving.checkpoint import Checkpoint
+from vlscale.saving.disk import checkpoint_bytes, still_needed
+from vlscale.saving.targets import write_atomically
 from vlscale.types import Batch
 from vlscale.watchdog import limits, patience
 from vlscale.weights import init_towers, init_whole, owners

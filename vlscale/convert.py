@@ -15,11 +15,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlscale import checkpoint, config, run_folder, vocabulary, weights
+from vlscale import config, run_folder, vocabulary, weights
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError, did_you_mean
 from vlscale.families.base import Renames, Size
 from vlscale.hugging_face import FORMS
+from vlscale.saving import checkpoint
 from vlscale.types import DTYPES
 
 

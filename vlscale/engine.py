@@ -20,12 +20,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vlscale import averages, distributed, ds_config, optim, optimizers, state
+from vlscale import averages, distributed, ds_config, optim, optimizers
 from vlscale.averages import Averages
 from vlscale.errors import ConfigError, TrainingError
 from vlscale.model import PretrainModel
-from vlscale.pieces import Piece, Reader
-from vlscale.state import Span, State
+from vlscale.saving import state
+from vlscale.saving.pieces import Piece, Reader
+from vlscale.saving.state import Span, State
 from vlscale.types import Batch, Moment, Pass
 
 COUNTERS = frozenset({"global_steps", "global_samples", "skipped_steps"})  # of DeepSpeed

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from vlscale import build, checkpoint, config, run_folder, vocabulary
+from vlscale import build, config, run_folder, vocabulary
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.evaluation.base import Found, HeldOut, usual_task
 from vlscale.model import PretrainModel
 from vlscale.options import InitConfig
+from vlscale.saving import checkpoint
 
 
 def evaluate(

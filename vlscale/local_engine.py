@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlscale import averages, optim, optimizers, state
+from vlscale import averages, optim, optimizers
 from vlscale.engine import StepReport, TwinEngine
 from vlscale.model import PretrainModel
-from vlscale.pieces import Piece, Reader
-from vlscale.state import State
+from vlscale.saving import state
+from vlscale.saving.pieces import Piece, Reader
+from vlscale.saving.state import State
 from vlscale.types import Batch, Moment, Pass
 
 

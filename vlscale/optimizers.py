@@ -34,7 +34,7 @@ from torch.optim.sgd import sgd
 from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.optim import OptimConfig, groups
-from vlscale.state import Span
+from vlscale.saving.state import Span
 
 
 def build(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:

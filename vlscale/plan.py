@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from vlscale import build, distributed, ds_config, optimizers
 from vlscale.build import Request
-from vlscale.disk import at_most, checkpoint_bytes
 from vlscale.errors import DONE
 from vlscale.flops import peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.optim import OptimConfig, groups
+from vlscale.saving.disk import at_most, checkpoint_bytes
 from vlscale.types import Batch, Moment
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

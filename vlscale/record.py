@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale import agreement, build, checkpoint, config, distributed, ds_config, non_finite, optim
-from vlscale.background import Saved, Saver
+from vlscale import agreement, build, config, distributed, ds_config, non_finite, optim
 from vlscale.build import Setting
 from vlscale.config import RunConfig
 from vlscale.data import bad as bad_data
@@ -27,6 +26,8 @@ from vlscale.lines import Lines
 from vlscale.model import PretrainModel
 from vlscale.monitor import Monitor, evaluated
 from vlscale.non_finite import Window
+from vlscale.saving import checkpoint
+from vlscale.saving.background import Saved, Saver
 from vlscale.spikes import Spikes
 from vlscale.throughput import StepClock, Stragglers
 from vlscale.types import Batch, Loss, Moment

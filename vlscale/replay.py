@@ -25,8 +25,8 @@ from vlscale.model import PretrainModel
 from vlscale.monitor import METRICS
 from vlscale.optim import OptimConfig
 from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
+from vlscale.saving.targets import write_atomically
 from vlscale.stop import StopGuard
-from vlscale.targets import write_atomically
 from vlscale.types import Moment
 from vlscale.watchdog import Watchdog, limits
 

@@ -19,7 +19,7 @@ import yaml
 from vlscale import __version__
 from vlscale.data.storage import locks
 from vlscale.errors import ConfigError
-from vlscale.targets import write_atomically
+from vlscale.saving.targets import write_atomically
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HANGS = "hangs"  # what a hang left behind: `watchdog`

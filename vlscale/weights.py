@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlscale import checkpoint, pieces
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families.base import Rename, Renames
 from vlscale.model import PretrainModel
+from vlscale.saving import checkpoint, pieces
 
 NAMES = (  # what a weights folder holds, best first
     "model.safetensors",

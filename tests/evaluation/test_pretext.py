@@ -14,7 +14,7 @@ import torch
 from tests.distributed.spawn import run_ranks
 from tests.models import albef_model
 from tests.shard_files import make_tokenizer, write_samples
-from vlscale import checkpoint, config
+from vlscale import config
 from vlscale.config import RunConfig
 from vlscale.data import views
 from vlscale.data.held_out import FIRST_ID, HeldOutBatches
@@ -27,6 +27,7 @@ from vlscale.evaluation import pretext, retrieval
 from vlscale.evaluation.base import HeldOut, usual_task
 from vlscale.families import albef
 from vlscale.nn.transformer import Stack
+from vlscale.saving import checkpoint
 from vlscale.types import IGNORE, Batch
 
 COUNT = 11

@@ -16,8 +16,8 @@ from tests.faults import fault, setting, trial
 from tests.faults.disk import Disk
 from tests.faults.fault import Fault
 from tests.runs import ROOT
-from vlscale import pieces
-from vlscale.pieces import Piece
+from vlscale.saving import pieces
+from vlscale.saving.pieces import Piece
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted and files named as Linux does")
 SEED = int(os.environ.get("VLSCALE_FAULTS_SEED", "0"))  # of the first trial: always the same ones, but where one asks

@@ -246,8 +246,8 @@ def usable(path: str, hurt: bool) -> int:
     Raises:
         CheckpointError: there is something, and it is not usable.
     """
-    from vlscale import checkpoint
-    from vlscale.targets import Folder
+    from vlscale.saving import checkpoint
+    from vlscale.saving.targets import Folder
 
     out = Path(path)
     latest = out / "checkpoints" / "latest"
@@ -282,7 +282,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 def _unlike(folder: Path, other: Path) -> list[str]:
     """In what two checkpoints differ: tensors by name, bit by bit, and the small state."""
-    from vlscale.pieces import Reader
+    from vlscale.saving.pieces import Reader
 
     one, two = Reader(folder), Reader(other)
     if one.names() != two.names():

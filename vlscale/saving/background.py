@@ -16,12 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from vlscale import distributed, pieces
+from vlscale import distributed
 from vlscale.errors import CheckpointError, TrainingError
-from vlscale.host_memory import HostMemory
 from vlscale.options import CheckpointConfig
-from vlscale.pieces import Piece, Writable
-from vlscale.targets import Listed, Target
+from vlscale.saving import pieces
+from vlscale.saving.host_memory import HostMemory
+from vlscale.saving.pieces import Piece, Writable
+from vlscale.saving.targets import Listed, Target
 
 POLL = 1.0  # seconds between two looks at a save that the run waits for
 PATIENCE = 3.0  # seconds for a thread to notice that it is given up

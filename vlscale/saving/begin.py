@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from vlscale import checkpoint, run_folder
-from vlscale.checkpoint import Checkpoint
+from vlscale import run_folder
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.monitor import evaluated
 from vlscale.optim import KEPT
-from vlscale.remote import Remote
+from vlscale.saving import checkpoint
+from vlscale.saving.checkpoint import Checkpoint
+from vlscale.saving.remote import Remote
 
 
 def check(out: Path | None, to: str | None, configuration: Mapping[str, Any], resume: str) -> str:

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import Tensor
 
-from vlscale import agreement, distributed, pieces, run_folder, vocabulary
+from vlscale import agreement, distributed, run_folder, vocabulary
 from vlscale.data.storage.stores import scheme, shown
 from vlscale.errors import CheckpointError, ConfigError
-from vlscale.fetched import Fetched
-from vlscale.remote import Remote
-from vlscale.targets import MANIFEST, STATE, Folder, Target, as_json, step_name
+from vlscale.saving import pieces
+from vlscale.saving.fetched import Fetched
+from vlscale.saving.remote import Remote
+from vlscale.saving.targets import MANIFEST, STATE, Folder, Target, as_json, step_name
 from vlscale.types import DTYPES
 
 if TYPE_CHECKING:

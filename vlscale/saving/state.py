@@ -12,7 +12,7 @@ from vlscale import agreement, distributed
 from vlscale.errors import CheckpointError
 from vlscale.nn.moving import Moving
 from vlscale.nn.queue import KeyQueue
-from vlscale.pieces import BUFFER, MASTER, RANKS, RING, Piece, Reader, over_ranks
+from vlscale.saving.pieces import BUFFER, MASTER, RANKS, RING, Piece, Reader, over_ranks
 
 if TYPE_CHECKING:
     from vlscale.averages import Averages

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlscale import distributed
 from vlscale.errors import ConfigError
-from vlscale.pieces import Piece
+from vlscale.saving.pieces import Piece
 
 ALIGN = 64  # bytes
 GROUPS = Path("/sys/fs/cgroup")  # of Linux, version 2

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from vlscale.data.storage.stores import scheme, shown
 from vlscale.errors import ConfigError
-from vlscale.pieces import Writable
-from vlscale.targets import LATEST, MANIFEST, PREFIX, Listed, state_and_manifest, step_name, to_prune
+from vlscale.saving.pieces import Writable
+from vlscale.saving.targets import LATEST, MANIFEST, PREFIX, Listed, state_and_manifest, step_name, to_prune
 
 PART = 64 * 2**20  # bytes of S3's parts; they grow, as there may be 10,000
 GROW = 1000  # parts after which they double

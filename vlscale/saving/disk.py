@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from vlscale import optim, optimizers, state
+from vlscale import optim, optimizers
 from vlscale.model import PretrainModel
 from vlscale.optim import OptimConfig
 from vlscale.options import CheckpointConfig
+from vlscale.saving import state
 
 
 def checkpoint_bytes(model: PretrainModel, optim_config: OptimConfig) -> int:

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from vlscale.pieces import Writable
+from vlscale.saving.pieces import Writable
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 PREFIX = "step_"
