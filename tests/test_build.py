@@ -206,16 +206,3 @@ def test_a_family_of_regions_needs_shards_with_regions() -> None:
     request = build.Request(config.from_tree("mine", tree), "ds_configs/zero2.json", None)
     with pytest.raises(DataError, match=r"has no 'regions.npz' but png, json; `launchers/shards.py regions` adds one"):
         build.setup(request)
-
-
-@pytest.mark.parametrize(("cores", "ranks", "expected"), [(96, 8, 8), (32, 8, 3), (16, 1, 8), (4, 4, 1), (1, 1, 1)])
-def test_loader_processes_share_out_the_cores_of_a_gpu_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, expected: int
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert build._workers(None) == 0
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert build._workers(None) == expected
-    assert build._workers(5) == 5

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import agreement, config, distributed, ds_config, engine, preflight, run_folder, vocabulary
+from vlscale import agreement, config, cores, distributed, ds_config, engine, preflight, run_folder, vocabulary
 from vlscale.config import RunConfig
 from vlscale.data import held_out
 from vlscale.data import views as view_data
@@ -55,6 +55,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Where a run will take place that is only checked here."""
+
+    ranks: int
+    gpus: bool
+
+
+@dataclass(frozen=True)
 class Setting:
     """Where a run takes place: made by `setup`, the same on every rank but for `device`."""
 
@@ -84,23 +92,26 @@ def finished(request: Request) -> bool:
     return bool(said)
 
 
-def setup(request: Request) -> Setting:
-    """Check everything that can be checked without a model, and join the group. Nothing is written."""
+def setup(request: Request, elsewhere: Elsewhere | None = None) -> Setting:
+    """Check everything that can be checked without a model, and join the group. Nothing is written.
+
+    For a run `elsewhere` no group is joined.
+    """
     run = request.run
     tree = ds_config.load(request.ds_path)
-    ds = ds_config.for_device(tree, request.ds_path, torch.cuda.is_available())
+    ds = ds_config.for_device(tree, request.ds_path, elsewhere.gpus if elsewhere else torch.cuda.is_available())
     if run.data.batching == "cost" and run.data.tokens is not None:
         ds_config.check_free(tree, request.ds_path)
     decided = ds_config.Decided(run.recipe, run.data.batch, run.data.micro_batch, run.optim.clip)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = elsewhere.ranks if elsewhere else int(os.environ.get("WORLD_SIZE", "1"))
     ds = ds_config.merge(ds, request.ds_path, decided, world)
     warnings: list[str] = []
-    _threads()
+    cores.share()
     train, sources, val = open_shards(run)
     if unused := unused_weights(run.data):
         warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
-    device = _join(run)
+    device = torch.device("cpu") if elsewhere else _join(run)
     asked = (request.out, run.checkpoint.to, config.dump(run), request.resume)
     agreement.by_rank_0(lambda: begin.check(*asked))
     out = Path(distributed.from_rank_0(str(request.out or run_folder.default_name(run.recipe))))
@@ -267,7 +278,7 @@ def build_loader(run: RunConfig, setting: Setting, model: PretrainModel) -> Load
         preprocessing(run, setting.answers, model),
         make_order(setting.sources, run.data, run.seed),
         _batching(run, setting, model, setting.ds["gradient_accumulation_steps"]),
-        _workers(run.data.workers),
+        cores.workers(run.data.workers),
     )
     if setting.begin is not None:
         loader.load_state(setting.begin.state["loader"])
@@ -364,25 +375,3 @@ def _disk(run: RunConfig, out: Path) -> int:
     with torch.device("meta"):
         size = checkpoint_bytes(build_model(replace(run, init=InitConfig())), run.optim)
     return still_needed(size, run.checkpoint, run.steps, out / checkpoint.FOLDER)
-
-
-def _workers(given: int | None) -> int:
-    """Loader processes of a rank."""
-    if given is not None:
-        return given
-    if not torch.cuda.is_available():
-        return 0  # the step needs every core itself; decoding overlaps it in a thread
-    return max(1, min(8, _cores() - 1))  # one is left to the step
-
-
-def _threads() -> None:
-    """Share a CPU's cores among the ranks on it."""
-    if "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available():
-        return
-    torch.set_num_threads(_cores())
-
-
-def _cores() -> int:
-    """A rank's share of the cores that this process may run on, which a scheduler may have cut down to it already."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
