@@ -107,4 +107,4 @@ def _three(values: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    console.run(main, sys.argv[1:])
+    console.run(main, sys.argv[1:], ranks=True)

@@ -68,4 +68,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    console.run(main, sys.argv[1:])
+    console.run(main, sys.argv[1:], ranks=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+from vlscale.cluster import environment
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError, did_you_mean
 
 CONSEQUENCE = 10.0  # seconds for the launcher to learn which rank ended first
@@ -63,14 +64,16 @@ def no_overrides(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"'{arguments.overrides[0]}' cannot be changed here; the run's own configuration counts")
 
 
-def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
-    """Call `main` and end the process with what it returns.
+def run(main: Callable[[list[str]], int], argv: list[str], *, ranks: bool = False) -> NoReturn:
+    """Call `main` and end the process with what it returns. `ranks`: tasks that srun starts are ranks of one run.
 
     A `VlscaleError` becomes one sentence on stderr and its exit code; any other exception is a mistake of ours, with
     its traceback and exit code 1. A rank that fails because another one has ended lets that one speak first.
     """
     os.umask(os.umask(0o077) | 0o002)  # nothing that we write is writable by everybody
     try:
+        if ranks:
+            environment.adopt()
         code = main(argv)
     except VlscaleError as error:
         _say_once(error)

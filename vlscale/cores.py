@@ -25,5 +25,15 @@ def workers(given: int | None) -> int:
 
 def of_a_rank() -> int:
     """A rank's share of the cores that this process may run on, which a scheduler may have cut down to it already."""
+    cores = len(os.sched_getaffinity(0))
+    if cores <= _of_a_task():
+        return cores
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return max(1, cores // ranks_here)
+
+
+def _of_a_task() -> int:
+    """Cores that Slurm was asked for per task, where ranks are tasks; else 0."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
+    are_ranks = tasks is not None and tasks == os.environ.get("WORLD_SIZE")
+    return int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if are_ranks else 0

@@ -1,0 +1,1 @@
+"""Jobs on Slurm and on lists of hosts."""
