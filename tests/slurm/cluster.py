@@ -7,6 +7,7 @@ Debian packages of `PACKAGES`, and touches no file at the default places.
 from __future__ import annotations
 
 import os
+import random
 import re
 import secrets
 import shutil
@@ -35,7 +36,7 @@ SlurmctldPort={slurmctld}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -50,7 +51,7 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
-SlurmdTimeout=10
+SlurmdTimeout=5
 InactiveLimit=0
 KillWait=30
 MinJobAge=600
@@ -83,8 +84,7 @@ SlurmUser=root
 PidFile={folder}/slurmdbd.pid
 LogFile={folder}/logs/slurmdbd
 StorageType=accounting_storage/mysql
-StorageHost=127.0.0.1
-StoragePort={mariadbd}
+StorageHost=localhost
 StorageUser=root
 StorageLoc=accounting
 """
@@ -207,8 +207,12 @@ class Cluster:
             lambda: f"the cluster is not idle: {self.run('sinfo', '--Node')}{self.run('squeue')}",
         )
 
+    @property
+    def _database(self) -> Path:
+        return self.folder / "mariadb.socket"
+
     def _configure(self) -> None:
-        names = ["mariadbd", "slurmdbd", "slurmctld", *self.nodes]
+        names = ["slurmdbd", "slurmctld", *self.nodes]
         self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
         self.folder.chmod(0o755)  # munged wants its socket to be in reach of all
         for each in ("logs", "state", "spool", "mariadb"):
@@ -237,27 +241,25 @@ class Cluster:
         places = [f"--{name}={self.folder / file}" for name, file in munge.items()]
         self._start("munged", "munged", "--foreground", f"--log-file={self.folder / 'logs' / 'munge'}", *places)
         self._start(
-            *("mariadbd", "mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--skip-name-resolve"),
-            *(f"--datadir={self.folder / 'mariadb'}", f"--socket={self.folder / 'mariadb.socket'}"),
-            *("--bind-address=127.0.0.1", f"--port={self._ports['mariadbd']}", f"--pid-file={self.folder}/mariadb.pid"),
+            *("mariadbd", "mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--skip-networking"),
+            *(f"--datadir={self.folder / 'mariadb'}", f"--socket={self._database}"),
+            *(f"--pid-file={self.folder}/mariadb.pid", "--innodb-lock-wait-timeout=900", "--max-connections=40"),
             *("--innodb-buffer-pool-size=24M", "--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0"),
-            *("--performance-schema=OFF", "--innodb-lock-wait-timeout=900", "--max-connections=40"),
         )
-        self._listens("mariadbd")
+        self._until(lambda: _answers(self._database), 60, lambda: self._why("mariadbd"))
         self._start("slurmdbd", "slurmdbd", "-D")
-        self._listens("slurmdbd")
-        self._until(lambda: self._works("sacctmgr", "-i", "add", "cluster", "test"), 30, lambda: self._why("slurmdbd"))
+        self._until(lambda: self._works("sacctmgr", "-i", "add", "cluster", "test"), 60, lambda: self._why("slurmdbd"))
         self._start("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
             self._start(node, "slurmd", "-D", "-N", node)
-        self._listens("slurmctld")
+        self._until(lambda: self._works("sinfo"), 60, lambda: self._why("slurmctld"))
 
     def _start(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / "logs" / f"{name}.out").open("ab") as log:
             self._machines[name] = subprocess.Popen(
                 [sys.executable, MACHINE, str(_which(program)), *arguments],
                 cwd=self.folder,
-                env=self.environment(),
+                env={**self.environment(), "MYSQL_UNIX_PORT": str(self._database)},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -270,14 +272,6 @@ class Cluster:
             assert machine.stdin is not None
             machine.stdin.close()
             machine.wait(timeout=30)
-
-    def _listens(self, name: str) -> None:
-        def answers() -> bool:
-            with socket.socket() as probe:
-                address = "127.0.0.1" if name == "mariadbd" else self._address
-                return probe.connect_ex((address, self._ports[name])) == 0
-
-        self._until(answers, 30, lambda: self._why(name))
 
     def _until(self, wanted: Callable[[], object], timeout: float, otherwise: Callable[[], str]) -> object:
         """What it says once it is true; a daemon that has died meanwhile ends the waiting."""
@@ -318,12 +312,20 @@ def _which(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM]))
 
 
+def _answers(place: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(place)) == 0
+
+
 def _free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    """Below those that the kernel gives to whoever asks for any."""
+    return [port for port in random.sample(range(20000, 32000), 10 * number) if _free(port)][:number]
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
