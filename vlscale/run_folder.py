@@ -23,6 +23,8 @@ from vlscale.saving.targets import write_atomically
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HANGS = "hangs"  # what a hang left behind: `watchdog`
+SLURM = "slurm"  # what a job of a cluster leaves: `vlscale.cluster`
+SNAPSHOT = "snapshot.json"  # beside a copy of the code: what it was
 LOCK = ".lock"
 PATIENCE = 20.0  # seconds for the end of a process that is being ended
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
@@ -54,7 +56,7 @@ def check(out: Path, configuration: Mapping[str, Any], resume: str) -> None:
         ConfigError: it holds another run (names the keys that differ), or any run with `--resume never`.
     """
     if not (out / CONFIG).is_file():
-        early = (HANGS, LOCK, f".{CONFIG}.")  # what is left of a start that was ended before it had written any
+        early = (HANGS, LOCK, SLURM, f".{CONFIG}.")  # what is left of a start that was ended before it had written any
         if out.exists() and (not out.is_dir() or any(not each.name.startswith(early) for each in out.iterdir())):
             raise ConfigError(f"--out {out} exists and is not a run folder; give another one")
         return
@@ -121,8 +123,7 @@ def _environment(hosts: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {"vlscale": __version__} | {name: _version(name) for name in packages},
-        "git_commit": _git(here, "rev-parse", "HEAD"),
-        "git_diff": _git(here, "diff", "HEAD"),
+        **_commit(here.parent),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -135,7 +136,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _commit(code: Path) -> dict[str, Any]:
+    """`git_commit` and `git_diff` of the code that runs."""
+    try:
+        record: dict[str, Any] = json.loads((code / SNAPSHOT).read_text())
+        return record
+    except (OSError, ValueError):
+        return {"git_commit": git(code, "rev-parse", "HEAD"), "git_diff": git(code, "diff", "HEAD")}
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git says, or None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -26,9 +26,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from vlscale.saving.pieces import Writable
+if TYPE_CHECKING:
+    from vlscale.saving.pieces import Writable
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 PREFIX = "step_"

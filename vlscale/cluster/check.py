@@ -1,0 +1,33 @@
+"""A run checked where it is submitted, as far as that can be done without its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from vlscale import build
+from vlscale.build import Elsewhere, Request
+from vlscale.errors import ConfigError
+from vlscale.options import InitConfig
+
+
+def check(request: Request, ranks: int, gpus: bool) -> tuple[int, int]:
+    """Configuration, data, run folder and model of a run on so many ranks: its batch and micro-batch.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as the run itself would.
+    """
+    setting = build.setup(request, Elsewhere(ranks, gpus))
+    with torch.device("meta"):
+        build.build_model(replace(request.run, init=InitConfig()))
+    return request.run.data.batch, int(setting.ds["train_micro_batch_size_per_gpu"])
+
+
+def check_fewer(request: Request) -> None:
+    """ConfigError if a run cannot go on with fewer ranks as its micro-batch stays."""
+    if request.run.data.tokens is not None:
+        raise ConfigError(
+            "--on_node_loss shrink keeps the micro-batch, which data.tokens would find anew; write data.micro_batch=N "
+            "instead, or --on_node_loss replace"
+        )

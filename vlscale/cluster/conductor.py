@@ -1,0 +1,200 @@
+"""The process of a job that starts the ranks, waits for their end, and sees to what comes then.
+
+submitit runs `conduct` once, in the batch script on the job's first node; `slurm/submit.py --local N` calls it here.
+The ranks are plain `launchers/pretrain.py`, and are told by Slurm itself when the time is nearly over or the job is
+preempted. So nothing of a run hangs on this process, whose end is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, Protocol
+
+from vlscale.cluster import records
+from vlscale.cluster.records import Job
+from vlscale.cluster.verdict import Ended, Left, Verdict, judge
+from vlscale.errors import STOPPED
+
+POLL = 0.2  # seconds
+LAST_LINES = 20  # of the rank that failed first
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of all ranks."""
+
+    nodes: tuple[str, ...]
+    ranks_per_node: int
+    attempt: int  # in this job, from 0; a new one has a new port
+    logs: Path  # a folder for what each rank prints: rank_00000.txt
+    command: tuple[str, ...]  # python and its words
+
+
+@dataclass(frozen=True)
+class First:
+    """The rank that failed first."""
+
+    rank: int
+    said: str  # how it ended, in words
+
+
+class Running(Protocol):
+    """Ranks that have been started."""
+
+    def wait(self, timeout: float) -> int:
+        """The greatest of their exit codes once all have ended; subprocess.TimeoutExpired if some have not."""
+        ...
+
+
+class Machines(Protocol):
+    """Where ranks run."""
+
+    restart: int  # how often this job was put back into the queue
+
+    def nodes(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+    def begin(self, start: Start) -> Running:
+        """Start the ranks."""
+        ...
+
+    def first(self, start: Start) -> First | None:
+        """Which rank failed first, if that can be told."""
+        ...
+
+    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Which of them do not answer."""
+        ...
+
+    def tell(self, number: int) -> None:
+        """The conductor was sent this signal."""
+        ...
+
+    def limit(self) -> bool:
+        """Whether the job is being ended because its time is over."""
+        ...
+
+    def requeue(self, lost: Sequence[str]) -> bool:
+        """Put the job back into the queue, without these nodes; True = there is no queue: start again at once.
+
+        Raises OSError or subprocess.SubprocessError.
+        """
+        ...
+
+
+def conduct(file: str) -> NoReturn:
+    """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
+    from vlscale.cluster.srun import Allocation
+
+    job = records.read_job(Path(file).parent.parent)
+    sys.exit(run(job, Allocation(job)))
+
+
+def run(job: Job, machines: Machines) -> int:
+    """Start the ranks, again where that is the thing to do; returns the exit code."""
+    conductor = _Conductor(job, machines)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, conductor.on_signal)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit logs it
+    if machines.restart > job.options.requeue:
+        conductor.say(f"this job was put back into the queue {machines.restart} times, --requeue allows fewer: stopped")
+        return STOPPED
+    attempt, nodes = 0, machines.nodes()
+    while True:
+        code, verdict, nodes = conductor.start(attempt, nodes)
+        again = verdict.then == "again"
+        if verdict.then == "requeue":
+            try:
+                again = machines.requeue([node for node in machines.nodes() if node not in nodes])
+            except (OSError, subprocess.SubprocessError) as error:
+                conductor.say(f"the job cannot be put back into the queue ({error}); `submit.py requeue` does it")
+        if not again:
+            return code
+        attempt += 1
+
+
+class _Conductor:
+    def __init__(self, job: Job, machines: Machines) -> None:
+        self._job, self._machines = job, machines
+        self._told = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """A note for later; the ranks have their own signals."""
+        self._told = self._told or number in (signal.SIGTERM, signal.SIGINT)
+        self._machines.tell(number)
+
+    def say(self, sentence: str) -> None:
+        """Into the job's log."""
+        print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
+
+    def start(self, attempt: int, nodes: tuple[str, ...]) -> tuple[int, Verdict, tuple[str, ...]]:
+        """Start the ranks on these nodes and wait: their code, what to do, and the nodes that are left."""
+        job, machines = self._job, self._machines
+        began = f"{job.number or 'local'}_{machines.restart}_{attempt}"
+        start = Start(
+            nodes,
+            job.options.ranks_per_node,
+            attempt,
+            job.home / records.LOGS / began,
+            job.command(again=attempt > 0 or machines.restart > 0),
+        )
+        start.logs.mkdir(parents=True, exist_ok=True)
+        values = {"start": began, "job": job.number, "restart": machines.restart, "attempt": attempt}
+        before = records.last_checkpoint(Path(job.out))
+        records.append(job.home, "began", {**values, "nodes": list(nodes), "checkpoint": before})
+        self.say(f"start {began}: {len(nodes) * start.ranks_per_node} rank(s) on {', '.join(nodes)}")
+        since = time.monotonic()
+        code = self._wait(machines.begin(start))
+        lost = () if code in (0, STOPPED) or self._told else machines.lost(nodes)
+        after = records.last_checkpoint(Path(job.out))
+        ended = Ended(code, lost, self._told, self._told and machines.limit(), self._headway(before, after))
+        left = tuple(node for node in nodes if node not in lost)
+        usable = left[: job.fewer(len(left))]
+        verdict = judge(ended, Left(job.options.requeue - machines.restart, len(usable), job.options.on_node_loss))
+        first = machines.first(start) if code not in (0, STOPPED) else None
+        if first is not None:
+            self._show(first, start)
+        self.say(f"start {began} ended with {code} after {time.monotonic() - since:.0f} s: {verdict.why}")
+        outcome = {"code": code, "then": verdict.then, "why": verdict.why, "lost": list(lost), "checkpoint": after}
+        told = {"rank": first.rank, "said": first.said} if first is not None else {}
+        records.append(job.home, "ended", {**values, **outcome, **told})
+        return code, verdict, usable if verdict.then == "again" else left
+
+    def _wait(self, ranks: Running) -> int:
+        while True:
+            try:
+                code = ranks.wait(POLL)
+            except subprocess.TimeoutExpired:
+                continue
+            return 128 - code if code < 0 else code
+
+    def _headway(self, before: str, after: str) -> bool:
+        """Whether this start or the one before it made a checkpoint, as far as that can be seen."""
+        earlier = [line["checkpoint"] for line in records.starts(self._job.home) if line["event"] == "began"]
+        return not before or after != before or earlier[-2:].count(before) < 2
+
+    def _show(self, first: First, start: Start) -> None:
+        """The last words of the rank that failed first."""
+        path = start.logs / f"rank_{first.rank:05d}.txt"
+        self.say(f"rank {first.rank} failed first ({first.said}); its last lines, of {path}:")
+        for line in last_lines(path):
+            print(f"    {line}", flush=True)
+
+
+def last_lines(path: Path, count: int = LAST_LINES) -> list[str]:
+    """The end of a text file; nothing where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []

@@ -1,0 +1,99 @@
+"""A job watched from where it was submitted: its state, what the run says, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlscale.cluster import records, slurm
+from vlscale.cluster.records import Job
+from vlscale.errors import STOPPED, TrainingError
+
+LOG = "log.txt"  # of the run folder
+PAUSE = 1.0  # seconds between two looks at the files
+ASK = 4.0  # seconds between two questions to Slurm
+SETTLE = 15.0  # seconds for the last words of a job to be seen on a shared file system
+MOVING = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED", "STOPPED")
+
+
+@dataclass
+class Tail:
+    """A file that grows, from where it ends now."""
+
+    path: Path
+    place: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = self.path.stat().st_size if self.path.exists() else 0
+
+    def lines(self) -> list[str]:
+        """Those that are new and whole."""
+        try:
+            with self.path.open("rb") as file:
+                if file.seek(0, 2) < self.place:
+                    self.place = 0  # another file of that name
+                file.seek(self.place)
+                whole, end, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self.place += len(whole) + len(end)
+        return whole.decode(errors="replace").splitlines() if end else []
+
+
+def follow(jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
+    """Wait for all jobs to end, and show how they do: the greatest exit code. One job alone also says what it says."""
+    tails = [Tail(Path(jobs[0].out) / LOG), Tail(Path(jobs[0].log))] if len(jobs) == 1 else []
+    seen: dict[str, str] = {}
+    codes: dict[str, int] = {}
+    asked = 0.0
+    while len(codes) < len(jobs):
+        for tail in tails:
+            for line in tail.lines():
+                say(line)
+        sys.stdout.flush()
+        if time.monotonic() - asked >= ASK:
+            for job in jobs:
+                if job.number not in codes:
+                    _look(job, seen, codes, say)
+            asked = time.monotonic()
+        time.sleep(PAUSE)
+    for tail in tails:
+        for line in tail.lines():
+            say(line)
+    return max(codes.values())
+
+
+def _look(job: Job, seen: dict[str, str], codes: dict[str, int], say: Callable[[str], None]) -> None:
+    """Say where a job has got to, and note its code once it is over."""
+    state, why = _state(job)
+    if state != seen.get(job.number):
+        seen[job.number] = state
+        say(f"job {job.number} ({Path(job.out).name}): {state}{why}")
+    if state not in MOVING:
+        codes[job.number] = code(job, state)
+
+
+def _state(job: Job) -> tuple[str, str]:
+    """Slurm's word for a job, and the reason why it waits or where it runs."""
+    shown = slurm.job(job.number)
+    state = shown.get("JobState") or slurm.state(job.number)
+    reason, nodes = shown.get("Reason", "None"), shown.get("NodeList", "")
+    if state == "PENDING":
+        return state, f", {reason}" if reason not in ("None", "") else ""
+    return state, f" on {nodes}" if state == "RUNNING" and nodes else ""
+
+
+def code(job: Job, state: str) -> int:
+    """The exit code of a job that is over: that of its ranks, where they have ended by themselves."""
+    until = time.monotonic() + SETTLE
+    while True:
+        lines = records.starts(job.home)
+        own = [line for line in lines if line.get("job") == job.number]
+        if own and own[-1]["event"] == "ended":
+            return int(own[-1]["code"])
+        if not own or time.monotonic() > until:
+            return STOPPED if state == "CANCELLED" else TrainingError.exit_code
+        time.sleep(PAUSE)

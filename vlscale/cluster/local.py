@@ -1,0 +1,77 @@
+"""The ranks of a job as processes of this machine: what `slurm/submit.py --local N` runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from vlscale.cluster.conductor import First, Start
+
+
+class Here:
+    """This machine; see `conductor.Machines`."""
+
+    def __init__(self) -> None:
+        self.restart = 0
+        self._ranks: list[subprocess.Popen[bytes]] = []
+
+    def nodes(self) -> tuple[str, ...]:
+        """This one."""
+        return (socket.gethostname(),)
+
+    def begin(self, start: Start) -> Here:
+        """One process per rank."""
+        world = start.ranks_per_node
+        shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "PYTHONUNBUFFERED": "1"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        self._ranks = []
+        for rank in range(world):
+            with (start.logs / f"rank_{rank:05d}.txt").open("wb") as said:
+                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._ranks.append(
+                    subprocess.Popen(start.command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+                )
+        return self
+
+    def wait(self, timeout: float) -> int:
+        """See `conductor.Running`."""
+        until = time.monotonic() + timeout
+        return max(_code(rank.wait(max(0.01, until - time.monotonic()))) for rank in self._ranks)
+
+    def first(self, start: Start) -> First | None:
+        """Which rank that was cannot be told; one that did not end for another's end."""
+        codes = [_code(rank.returncode) for rank in self._ranks]
+        failed = [First(rank, f"exit code {code}") for rank, code in enumerate(codes) if code not in (0, 75)]
+        return next((each for each in failed if codes[each.rank] != 1), next(iter(failed), None))
+
+    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """None: we are here."""
+        return ()
+
+    def tell(self, number: int) -> None:
+        """Pass it on to the ranks."""
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    def limit(self) -> bool:
+        """There is none."""
+        return False
+
+    def requeue(self, lost: Sequence[str]) -> bool:
+        """At once, here."""
+        self.restart += 1
+        return True
+
+
+def _code(code: int) -> int:
+    return 128 - code if code < 0 else code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,80 @@
+"""What Slurm's own commands say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from vlscale.errors import ConfigError, did_you_mean
+
+PATIENCE = 60  # seconds for a command of Slurm's
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+UNUSABLE = ("DOWN", "NOT_RESPONDING", "DRAIN", "FAIL", "POWERED_DOWN", "UNKNOWN")
+
+
+def is_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return all(shutil.which(name) for name in ("sbatch", "srun", "squeue", "scontrol"))
+
+
+def check(partition: str | None) -> None:
+    """ConfigError unless jobs can be queued from here, in this partition."""
+    if not is_here():
+        raise ConfigError(
+            "this machine has no Slurm (sbatch is not found); run it on a login node, or give --local N to run here, "
+            "or --dry_run to see the script"
+        )
+    known = [each.rstrip("*") for each in ask(["sinfo", "--noheader", "--format=%R"]).split()]
+    if partition is not None:
+        for each in partition.split(","):
+            if each not in known:
+                raise ConfigError(f"--partition {each}: this cluster has none of that name{did_you_mean(each, known)}")
+
+
+def ask(words: Sequence[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        ConfigError: it fails; says what it said.
+    """
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{words[0]} does not answer ({error}); is this a login node of a Slurm cluster?") from None
+    if done.returncode:
+        raise ConfigError(f"{words[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def job(number: str) -> dict[str, str]:
+    """What `scontrol show job` says; empty if Slurm does not know it any more, or does not answer."""
+    try:
+        text = ask(["scontrol", "--oneliner", "show", "job", number])
+    except ConfigError:
+        return {}
+    return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", text.splitlines()[0])) if text.strip() else {}
+
+
+def state(number: str) -> str:
+    """PENDING, RUNNING, COMPLETED, ...; empty if nobody knows the job."""
+    if said := job(number).get("JobState"):
+        return said
+    try:  # forgotten by the scheduler, kept by the accounts
+        listed = ask(["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", number, "--format=State"])
+    except ConfigError:
+        return ""
+    states = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    return states[-1] if states else ""
+
+
+def usable(node: str) -> bool:
+    """Whether Slurm would still give this node to a job."""
+    try:
+        found = re.search(r"\bState=(\S+)", ask(["scontrol", "show", "node", node]))
+    except ConfigError:
+        return False
+    return found is not None and not any(word in found.group(1).split("+") for word in UNUSABLE)

@@ -1,0 +1,157 @@
+"""The nodes of a Slurm job, seen from its batch script: ranks start as the tasks of a step of `srun`."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import submitit
+
+from vlscale.cluster import environment, slurm
+from vlscale.cluster.conductor import First, Start
+from vlscale.cluster.records import Job
+
+WAIT = 60  # seconds for the others once a rank has ended; they leave by themselves, or hang
+ALONE = 20  # seconds for the others to notice that a rank has failed
+ANSWER = 30  # seconds for a node to start nothing
+NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
+WORDS = "srun.txt"  # what srun says
+TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
+
+
+class Allocation:
+    """The nodes that this process was given by Slurm; see `conductor.Machines`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._number = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+    def nodes(self) -> tuple[str, ...]:
+        """Their names, this one first."""
+        return tuple(submitit.JobEnvironment().hostnames)
+
+    def begin(self, start: Start) -> Step:
+        """One step of `srun` with a task per rank."""
+        with (start.logs / WORDS).open("wb") as said:
+            words, environment = command(self._job, start), {**os.environ, **self._environment(start)}
+            srun = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        return Step(srun, start.logs / WORDS, self._number)
+
+    def first(self, start: Start) -> First | None:
+        """By what srun said of its tasks."""
+        return first_to_fail((start.logs / WORDS).read_text(errors="replace"))
+
+    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Those on which nothing starts any more."""
+        with ThreadPoolExecutor(max_workers=64) as asking:
+            answers = list(asking.map(_answers, nodes))
+        return tuple(node for node, answer in zip(nodes, answers, strict=True) if not answer)
+
+    def tell(self, number: int) -> None:
+        """Slurm tells the ranks itself."""
+
+    def limit(self) -> bool:
+        """By what Slurm says of the job."""
+        shown = slurm.job(self._number)
+        return "TimeLimit" in shown.get("Reason", "") or shown.get("JobState") == "TIMEOUT"
+
+    def requeue(self, lost: Sequence[str]) -> bool:
+        """Into the queue; not before Slurm knows that the lost nodes are, or it would give them again."""
+        until = time.monotonic() + NOTICE
+        while any(slurm.usable(node) for node in lost) and time.monotonic() < until:
+            time.sleep(2)
+        subprocess.run(
+            ["scontrol", "requeue", self._number], check=True, timeout=60, capture_output=True, stdin=subprocess.DEVNULL
+        )
+        return False
+
+    def _environment(self, start: Start) -> dict[str, str]:
+        """What the ranks are told beside what Slurm tells them."""
+        options, job = self._job.options, int(self._number)
+        told = {"MASTER_PORT": str(_free(environment.port(job, start.attempt, self.restart))), "PYTHONUNBUFFERED": "1"}
+        if options.cpus_per_task and not options.gpus_per_node:
+            told["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(options.cpus_per_task))
+        return told
+
+
+class Step:
+    """Ranks as tasks of srun, which waits for a lost node's as long as Slurm does; see `conductor.Running`."""
+
+    def __init__(self, srun: subprocess.Popen[bytes], words: Path, job: str) -> None:
+        self._srun, self._words, self._job = srun, words, job
+        self._failed = float("inf")  # when srun had said that a task failed
+
+    def wait(self, timeout: float) -> int:
+        """See `conductor.Running`. Once a task has failed, the others are ended if they do not end by themselves."""
+        try:
+            return self._srun.wait(timeout)
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+            if self._failed > now and first_to_fail(self._words.read_text(errors="replace")) is not None:
+                self._failed = now
+            if now - self._failed > ALONE:
+                self._end()
+            raise
+
+    def _end(self) -> None:
+        subprocess.run(["scancel", "--signal=KILL", self._job], capture_output=True, timeout=ANSWER, check=False)
+        try:
+            self._srun.wait(ALONE / 2)
+        except subprocess.TimeoutExpired:  # for a task on a node that is gone
+            self._srun.kill()
+
+
+def command(job: Job, start: Start) -> list[str]:
+    """The words of srun, and then those of a rank."""
+    options, nodes = job.options, len(start.nodes)
+    words = [
+        *("srun", f"--nodes={nodes}", f"--ntasks={nodes * start.ranks_per_node}"),
+        *(f"--ntasks-per-node={start.ranks_per_node}", f"--nodelist={','.join(start.nodes)}"),
+        *("--kill-on-bad-exit=0", f"--wait={WAIT}", "--unbuffered", "--export=ALL", f"--chdir={job.folder}"),
+        f"--output={start.logs}/rank_%5t.txt",
+    ]
+    if options.cpus_per_task:
+        words.append(f"--cpus-per-task={options.cpus_per_task}")  # not passed on by sbatch since Slurm 22.05
+    if options.gpus_per_node:
+        words.append(f"--gpus-per-node={options.gpus_per_node}")
+    if options.cpu_bind:
+        words.append(f"--cpu-bind={options.cpu_bind}")
+    return [*words, *options.srun, *start.command]
+
+
+def first_to_fail(said: str) -> First | None:
+    """The first task of which srun says that it failed, unless it only says after it that another one was lost."""
+    found = [First(int(rank), how.strip()) for rank, how in (match.groups() for match in TASK.finditer(said))]
+    failed = [each for each in found if not each.said.endswith("exit code 75")]
+    causes = [each for each in failed if not each.said.endswith("exit code 1")]
+    return next(iter(causes or failed), None)
+
+
+def _answers(node: str) -> bool:
+    ask = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--mem=0", f"--nodelist={node}", "--quiet", "true"]
+    try:
+        return (
+            subprocess.run(ask, timeout=ANSWER, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
+            == 0
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _free(port: int) -> int:
+    """This port, or the next that nobody listens on here, where rank 0 will."""
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                port = environment.FIRST_PORT + (port + 1 - environment.FIRST_PORT) % environment.PORTS
