@@ -34,7 +34,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL = 0.5  # seconds between two looks at the launcher
 DEEPSPEED_RUNNER = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 DEEPSPEED_LAUNCH = ("deepspeed.launcher.launch",)
-OTHER_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+TORCH_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate")
+OTHER_LAUNCHERS = (*TORCH_LAUNCHERS, "submitit.core._submit")
+SUBMIT = {"submit.py", "--local"}  # `slurm/submit.py --local`: its ranks are its own children
+SLURM_STEP, SSH_SERVER = "slurmstepd", "sshd"  # names of processes; newer: sshd-session
 TRACKER = "multiprocessing.resource_tracker"  # ends by itself, after it has taken away what others leave in /dev/shm
 SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # environment of a rank: deepspeed, torchrun
 
@@ -155,18 +158,32 @@ class Launcher:
 
     def _find(self, ancestors: list[psutil.Process]) -> None:
         kinds = [_kind(process) for process in ancestors]
-        nearest = next((place for place, kind in enumerate(kinds) if kind in ("launch", "other")), None)
+        nearest = next((place for place, kind in enumerate(kinds) if kind in ("launch", "other", "step")), None)
         if nearest is None:
             self._missing = "the launcher is gone" if _started_by_launcher() else ""
             return
-        self.watched = ancestors[: nearest + 1]
+        step = kinds.index("step") if "step" in kinds else nearest  # of Slurm, around any other launcher
+        self.watched = ancestors[: max(nearest, step) + 1]
         if kinds[nearest] == "launch":
-            self.siblings_of = ancestors[nearest]
-            above = ancestors[nearest + 1 : nearest + 2]
-            if above and kinds[nearest + 1] == "runner":
-                self.watched += above
-            elif _lost_its_runner(ancestors[nearest], above):
+            self._find_above(ancestors[nearest], ancestors[nearest + 1 :])
+
+    def _find_above(self, launch: psutil.Process, above: list[psutil.Process]) -> None:
+        """Who started DeepSpeed's launch.py: the `deepspeed` command, or ssh, which it may have been reached by."""
+        self.siblings_of = launch
+        if above and _kind(above[0]) == "runner":
+            self.watched += above[:1]
+        elif not any(word.startswith("--node_rank") for word in launch.cmdline()):
+            if _is_orphaned(above[:1]):  # on one machine `deepspeed` starts launch.py without a node's rank
                 self._missing = "the deepspeed process is gone"
+        else:
+            names = [process.name() for process in above] if launch.terminal() is None else []  # else a person's
+            session = next((place for place, name in enumerate(names) if name.startswith(SSH_SERVER)), -1)
+            self.watched += above[: session + 1]
+            if (pdsh := _pdsh(launch)) is not None:  # `deepspeed` was typed on this very machine
+                runner = pdsh.parents()[:1]
+                self.watched += [pdsh, *runner]
+                if _is_orphaned(runner):
+                    self._missing = "the deepspeed process is gone"
 
     def gone(self) -> str:
         """Which of them has died, as the reason of a stop; empty while all live."""
@@ -282,18 +299,32 @@ def _started_by_launcher() -> bool:
 
 
 def _kind(process: psutil.Process) -> str:
+    if process.name() == SLURM_STEP:
+        return "step"
     try:
-        words = {os.path.basename(word) for word in process.cmdline()[:4]}  # python -u -m MODULE
+        line = [os.path.basename(word) for word in process.cmdline()]
     except psutil.AccessDenied:
         return ""
+    words = set(line[:4])  # python -u -m MODULE
+    if set(line) >= SUBMIT:
+        return "other"
     kinds = {"launch": DEEPSPEED_LAUNCH, "runner": DEEPSPEED_RUNNER, "other": OTHER_LAUNCHERS}
     return next((kind for kind, names in kinds.items() if words & set(names)), "")
 
 
-def _lost_its_runner(launch: psutil.Process, above: list[psutil.Process]) -> bool:
-    """On one machine `deepspeed` starts launch.py without a node's rank; an orphan belongs to init."""
-    alone = not any(word.startswith("--node_rank") for word in launch.cmdline())
-    return alone and (not above or above[0].pid == 1 or above[0].name() == "systemd")
+def _is_orphaned(parent: list[psutil.Process]) -> bool:
+    """Whether who started a process is gone: an orphan belongs to init."""
+    return not parent or parent[0].pid == 1 or parent[0].name() == "systemd"
+
+
+def _pdsh(launch: psutil.Process) -> psutil.Process | None:
+    """The pdsh on this machine that has reached its hosts with this very launch.py."""
+    told = {word for word in launch.cmdline() if word.startswith(("--world_info=", "--master_addr=", "--master_port="))}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith("pdsh") and told <= set(process.cmdline()):
+                return process
+    return None
 
 
 def _lives(process: psutil.Process) -> bool:
