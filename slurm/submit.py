@@ -28,7 +28,7 @@ from vlscale.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("status", "logs", "cancel", "requeue")
 PROFILES = ROOT / "slurm" / "clusters"
-OF_PROFILES = ("modules", "environment", "setup", "container")
+OF_PROFILES = ("modules", "environment", "setup", "container", "python")
 HELP = {
     "nodes": "default: 1",
     "gpus_per_node": "one rank per GPU; default: none, one rank per node on its CPUs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from vlscale.errors import ConfigError
@@ -11,6 +11,7 @@ from vlscale.errors import ConfigError
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 TASK_SIGNALS = ("USR1", "USR2", "TERM")
 LEAD = 120  # seconds, where the job is long enough for it
+OURS = ("array", "chdir", "error", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output")  # sbatch's
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class JobOptions:
     environment: dict[str, str] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines after that
     container: tuple[str, ...] = ()  # words before `python` that bring a rank into its container
+    python: str | None = None  # of the ranks, as the nodes or the container know it; None = the one that submits
 
     @property
     def ranks_per_node(self) -> int:
@@ -109,6 +111,11 @@ def check(options: JobOptions) -> None:
     for word in options.sbatch:
         if word.startswith("-") or not re.fullmatch(r"[A-Za-z][\w-]*(=.*)?", word):
             raise ConfigError(f"--sbatch {word}: write KEY=VALUE or KEY without dashes, e.g. mail-type=END")
+        key, option = word.split("=")[0], word.split("=")[0].replace("-", "_")
+        if option in (each.name for each in fields(JobOptions)):
+            raise ConfigError(f"--sbatch {word}: slurm/submit.py has an option {option} of its own; write that one")
+        if key in OURS:
+            raise ConfigError(f"--sbatch {word}: slurm/submit.py sets {key} itself; leave it out")
     for name in options.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ConfigError(f"environment: '{name}' is no name of an environment variable")

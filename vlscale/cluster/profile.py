@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vlscale import config
 from vlscale.cluster.options import JobOptions, check
@@ -13,16 +15,18 @@ from vlscale.errors import ConfigError, did_you_mean
 
 
 def resolve(given: Mapping[str, Any], profile: str | None, folder: Path) -> JobOptions:
-    """The options: those `given`, over those of a profile (a name in `folder`, or a file).
+    """The options: those `given`, over those of a profile (a name in `folder`, or a file); lists of both are joined.
 
     Raises:
         ConfigError: no such profile, an unknown key, or a value that cannot be.
     """
-    tree: dict[str, Any] = config.read_yaml(find_profile(profile, folder)) if profile is not None else {}
-    for each in dataclasses.fields(JobOptions):
-        if each.name in tree:
-            tree[each.name] = _plain(each.name, each.type, tree[each.name])
-    options: JobOptions = config.build(JobOptions, {**tree, **given}, f"--cluster {profile}" if profile else "job")
+    options = JobOptions()
+    if profile is not None:
+        options = config.build(JobOptions, _read(find_profile(profile, folder)), f"--cluster {profile}")
+    asked: JobOptions = config.build(JobOptions, given, "job")
+    values = {name: getattr(asked, name) for name in given}
+    joined = {name: getattr(options, name) + value for name, value in values.items() if isinstance(value, tuple)}
+    options = replace(options, **{**values, **joined})
     check(options)
     return options
 
@@ -40,11 +44,12 @@ def find_profile(profile: str, folder: Path) -> Path:
     return path
 
 
-def _plain(name: str, kind: Any, value: Any) -> Any:
-    """As YAML is written: a number may stand for a text, 60 minutes or a version."""
-    if isinstance(value, dict) and name == "environment":
-        return {str(key): str(text) for key, text in value.items()}
-    if isinstance(value, list):
-        return [str(each) for each in value]
-    is_text = str(kind).startswith("str") and isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_text else value
+def _read(path: Path) -> dict[str, Any]:
+    """Its keys, with every value a text as it is written: YAML would take 24:00:00 for the number 86400."""
+    try:
+        tree = yaml.BaseLoader(path.read_text()).get_single_data()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} should hold 'key: value' lines (got {type(tree).__name__})")
+    return {key: value for key, value in tree.items() if value not in ("", "null")}

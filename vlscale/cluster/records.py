@@ -27,7 +27,7 @@ class Job:
     out: str  # the run folder; absolute, as all paths here
     code: str  # snapshot that the ranks run
     folder: str  # that paths in `arguments` are relative to
-    python: str
+    python: str  # of the one who submitted
     arguments: tuple[str, ...]  # of launchers/pretrain.py
     options: JobOptions
     batch: int  # samples per optimizer step
@@ -53,7 +53,8 @@ class Job:
         if again and "--resume" in words:
             place = words.index("--resume") + 1
             words[place] = "auto" if words[place] == "never" else words[place]
-        return (*self.options.container, self.python, f"{self.code}/launchers/pretrain.py", *words)
+        python = self.options.python or self.python
+        return (*self.options.container, python, f"{self.code}/launchers/pretrain.py", *words)
 
     def write(self) -> None:
         """Keep it; replaces what an earlier submission of the run has left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -146,11 +147,10 @@ def _show(asked: Asked, options: JobOptions, runs: Sequence[Checked], home: Path
     print(queue.executor(home, code, sys.executable, options).script(len(runs)))
     first = runs[0]
     words = ("--recipe", asked.recipe, "--ds_config", asked.ds_config, "--out", str(first.out))
-    job = Job(
-        str(first.out), str(code), str(Path.cwd()), sys.executable, (*words, *asked.overrides), options, first.batch, 1
-    )
+    words = (*words, "--resume", asked.resume, *asked.overrides, *first.variant.overrides)
+    job = Job(str(first.out), str(code), str(Path.cwd()), sys.executable, words, options, first.batch, 1)
     start = conductor.Start(("NODES",) * options.nodes, options.ranks_per_node, 0, home / records.LOGS, job.command())
-    print(f"# which starts, on its first node (NODES: those that Slurm gives):\n# {' '.join(command(job, start))}")
+    print(f"# which starts, on its first node (NODES: those that Slurm gives):\n# {shlex.join(command(job, start))}")
 
 
 def _run_here(job: Job) -> int:
