@@ -91,6 +91,39 @@ class Collectives:
         return next((each.name for each in reversed(self.last()) if each.under_way), "")
 
 
+class Volume(Collectives):
+    """Also how many bytes each kind of collective was given: `bytes`, by its name.
+
+    Counted is the whole tensor: what an all-reduce sums, an all-gather makes, a reduce-scatter takes, what this rank
+    hands to an all-to-all or to a neighbour. Objects are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, which leaves a note here."""
+        noted = super().recorded(name, function)
+
+        @functools.wraps(function)
+        def _call(*arguments: Any, **options: Any) -> Any:
+            size = max(map(_size, (*arguments, *options.values())), default=0)
+            self.bytes[name] = self.bytes.get(name, 0) + size
+            return noted(*arguments, **options)
+
+        return _call
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, list):  # of tensors, or of a send and a receipt to and from neighbours
+        sends = any(hasattr(each, "tensor") for each in value)
+        return sum(_size(getattr(each, "tensor", each)) for each in value) // (2 if sends else 1)
+    return 0
+
+
 def _what(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     for each in (*arguments, *options.values()):
         if isinstance(each, Tensor):

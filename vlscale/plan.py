@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 from vlscale import build, distributed, ds_config, optimizers
 from vlscale.build import Request
+from vlscale.collectives import Volume
 from vlscale.errors import DONE
-from vlscale.flops import peak_flops, step_flops
+from vlscale.flops import RECOMPUTING, peak_flops, step_flops
 from vlscale.model import PretrainModel
 from vlscale.optim import OptimConfig, groups
 from vlscale.saving.disk import at_most, checkpoint_bytes
+from vlscale.traffic import Part, Sizes, Zero, agreement_traffic, engine_traffic, own_traffic
 from vlscale.types import Batch, Moment
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PROBE = 32  # samples that lengths and FLOPs are judged by
 MEASURED = 2  # of them, whose activations are measured
 ASSUMED_MFU = 0.35  # share of the peak that the time is stated for
+PLUS_PLUS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")  # ZeRO++
 
 
 def show(request: Request) -> int:
@@ -34,6 +37,8 @@ def show(request: Request) -> int:
     memory["activations of a micro-batch"] = max(
         activation_bytes(model, batch.to(setting.device), micro_batch) for batch in batches.values()
     )
+    first = next(iter(batches.values())).to(setting.device)
+    moved = traffic_plan(model, setting.ds, run.optim, first, run.activation_checkpointing in RECOMPUTING)
     if distributed.rank() == 0:
         flops = run.data.batch * _mean(model, {task: step_flops(model, each).model for task, each in batches.items()})
         tokens = run.data.batch * _mean(model, {task: _tokens(each) for task, each in batches.items()})
@@ -46,6 +51,7 @@ def show(request: Request) -> int:
         for name, size in memory.items():
             print(f"  {name:32} {size / 2**20:>12.1f} MiB")
         print(f"  {'together':32} {sum(memory.values()) / 2**20:>12.1f} MiB")
+        _show_network(moved, world)
         size = checkpoint_bytes(model, run.optim)
         print("\ncheckpoints")
         print(f"  {'one':32} {size / 2**20:>12.1f} MiB")
@@ -122,6 +128,69 @@ def activation_bytes(model: PretrainModel, batch: Batch, samples: int) -> int:
         made = model(few, Moment(step=1))
         model.total(made.losses, {})
     return sum(kept.values()) * samples // len(few)
+
+
+def traffic_plan(
+    model: PretrainModel, ds: dict[str, Any], optim_config: OptimConfig, batch: Batch, recomputes: bool = False
+) -> list[Part]:
+    """What each rank of the process group moves in an optimizer step; nothing for one rank, or under ZeRO++.
+
+    What objectives exchange is seen in two passes over a few samples of the batch's task; all ranks take part.
+    """
+    world, zero, stage = distributed.world_size(), ds.get("zero_optimization", {}), ds_config.stage(ds)
+    if world == 1 or any(zero.get(key) for key in PLUS_PLUS):
+        return []
+    micro_batches, size = ds["gradient_accumulation_steps"], BYTES[ds_config.precision(ds)]
+    samples = (min(MEASURED, len(batch)), min(2 * MEASURED, len(batch)))
+    few, more = (_volume(model, batch.first(number), micro_batches) for number in samples)
+    options = Zero(
+        stage=stage,
+        weight=size,
+        gradient=BYTES.get(ds.get("communication_data_type", ""), size),
+        small=int(zero.get("stage3_param_persistence_threshold", Zero.small)),
+        reuse=int(zero.get("stage3_max_reuse_distance", Zero.reuse)),
+        overlap=bool(zero.get("overlap_comm", stage == 3)),
+    )
+    sizes, two_pass = parameter_sizes(model, optim_config), micro_batches > 1 and model.whole(batch.task)
+    return [
+        *engine_traffic(sizes, options, world, micro_batches, 3 if recomputes else 2, two_pass),
+        *own_traffic(few, more, samples, ds["train_micro_batch_size_per_gpu"] * micro_batches),
+        *agreement_traffic(len(model.counts(batch))),
+    ]
+
+
+def parameter_sizes(model: PretrainModel, optim_config: OptimConfig) -> Sizes:
+    """How the parameters are grouped, for `traffic`; before DeepSpeed parts them."""
+    made = [group["params"] for group in groups(model.named_parameters(), optim_config)]
+    pairs = [(online, twin) for online, twin in model.momentum_pairs() if online.requires_grad]
+    online = {id(each) for each, _ in pairs}
+    return Sizes(
+        groups=[[each.numel() for each in group] for group in made],
+        frozen=[each.numel() for each in model.parameters() if not each.requires_grad],
+        followed=[number for number, group in enumerate(made) if any(id(each) in online for each in group)],
+        twin=[twin.numel() for _, twin in pairs],
+    )
+
+
+def _volume(model: PretrainModel, batch: Batch, micro_batches: int) -> dict[str, int]:
+    """Bytes by collective of a forward and backward pass, and of the moves that follow it."""
+    volume = Volume()
+    end = distributed.record(volume)
+    made = model(batch, Moment(step=1, of=micro_batches))
+    model.total(made.losses, {}).backward()  # type: ignore[no-untyped-call]
+    model.commit([made.keys], 1, "step")
+    end()
+    model.zero_grad(set_to_none=True)
+    return volume.bytes
+
+
+def _show_network(moved: list[Part], world: int) -> None:
+    if not moved:
+        return
+    print("\nnetwork, sent and received by each rank in a step")
+    for part in moved:
+        print(f"  {f'{part.name}, {part.how}':48} {part.sent(world) / 1e9:>12.6f} GB")
+    print(f"  {'together':48} {sum(part.sent(world) for part in moved) / 1e9:>12.6f} GB")
 
 
 def _tokens(batch: Batch) -> int:
