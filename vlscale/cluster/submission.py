@@ -146,7 +146,7 @@ def _show(asked: Asked, options: JobOptions, runs: Sequence[Checked], home: Path
     code = snapshot.folder_of(asked.checkout, home)
     print(queue.executor(home, code, sys.executable, options).script(len(runs)))
     first = runs[0]
-    words = ("--recipe", asked.recipe, "--ds_config", asked.ds_config, "--out", str(first.out))
+    words: tuple[str, ...] = ("--recipe", asked.recipe, "--ds_config", asked.ds_config, "--out", str(first.out))
     words = (*words, "--resume", asked.resume, *asked.overrides, *first.variant.overrides)
     job = Job(str(first.out), str(code), str(Path.cwd()), sys.executable, words, options, first.batch, 1)
     start = conductor.Start(("NODES",) * options.nodes, options.ranks_per_node, 0, home / records.LOGS, job.command())
