@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -260,3 +261,44 @@ def test_who_does_not_begin_to_stop_is_ended(patience: float, then: str, saves: 
     assert done.returncode == (0 if saves else TrainingError.exit_code), done.stderr
     assert done.stdout == ("saved\n" if saves else "")
     assert ("SIGTERM: no stop within" in done.stderr) != saves
+
+
+GUARDED = """
+import time, vlscale.stop as s
+guard = s.StopGuard()
+print("up", flush=True)
+end = time.monotonic() + 20
+while not guard.requested and time.monotonic() < end:
+    time.sleep(0.05)
+print(guard.reason)
+"""
+TOLD = "deepspeed.launcher.launch --node_rank=1 --world_info=QQ== --master_addr=host --master_port=1"
+
+
+@pytest.mark.parametrize(
+    ("line", "killed"),
+    [
+        (["slurmstepd"], 0),
+        (["slurmstepd", "bash", "torchrun"], 0),  # torchrun itself would go on
+        (["sshd-session", "bash", f"python {TOLD}"], 0),  # the connection that `deepspeed --hostfile` has made
+        (["python deepspeed.launcher.runner", f"pdsh -S -f 9 {TOLD}", f"python {TOLD}"], 0),  # ... and made here
+        (["python deepspeed.launcher.runner", f"pdsh -S -f 9 {TOLD}", f"python {TOLD}"], 1),
+        (["python submit.py --local 2"], 0),
+    ],
+)
+def test_whoever_started_a_rank_is_watched(tmp_path: Path, line: list[str], killed: int) -> None:
+    command = [sys.executable, "-c", GUARDED]
+    for number, (name, *words) in reversed(list(enumerate(each.split() for each in line))):
+        if not (tmp_path / name).exists():
+            (tmp_path / name).symlink_to("/bin/bash")  # so that a process has this name
+        script = tmp_path / f"{number}.sh"
+        script.write_text(f"echo $$ > {tmp_path}/{number}.pid\n{shlex.join(command)}\ntrue\n")
+        command = [str(tmp_path / name), str(script), *words]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as top:
+        assert top.stdout is not None
+        assert top.stdout.readline() == "up\n"
+        everyone = family(top.pid)
+        os.kill(int((tmp_path / f"{killed}.pid").read_text()), signal.SIGKILL)
+        said = top.stdout.read()
+    psutil.wait_procs(everyone, timeout=10)
+    assert "gone" in said
