@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """The command's exit code; 2 if there is no cluster."""
     arguments = parse(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # through Cluster.stop
     command = arguments.command or [os.environ.get("SHELL", "/bin/bash")]
     try:
         with Cluster(arguments.nodes) as cluster:

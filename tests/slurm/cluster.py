@@ -18,16 +18,18 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 PACKAGES = {  # program -> Debian package
     **{"munged": "munge", "mariadbd": "mariadb-server", "slurmdbd": "slurmdbd"},
-    **{"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"},
+    **{"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm"},
 }
 SYSTEM = ("/usr/sbin", "/sbin")
+OUT = {"down", "down*", "unknown", "unknown*", "drained", "drained*", "draining"}  # states of nodes that take no job
+Answer = TypeVar("Answer")
 MACHINE = str(Path(__file__).with_name("machine.py"))
-OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 SLURM_CONF = """\
 ClusterName=test
@@ -51,7 +53,8 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
-SlurmdTimeout=5
+SlurmdTimeout=10
+MessageTimeout=5
 InactiveLimit=0
 KillWait=30
 MinJobAge=600
@@ -110,7 +113,6 @@ class Cluster:
         self.folder = Path()
         self._machines: dict[str, subprocess.Popen[bytes]] = {}  # by the daemon's name, a slurmd's being its node's
         self._ports: dict[str, int] = {}
-        self._address = socket.gethostbyname(socket.gethostname())  # the one where NoInAddrAny lets daemons listen
 
     def __enter__(self) -> Cluster:
         self.start()
@@ -134,8 +136,10 @@ class Cluster:
 
     def stop(self) -> None:
         """End every process, jobs' included, and remove the folder."""
-        for name in list(self._machines):
-            self._end(name)
+        for machine in self._machines.values():
+            _close(machine)
+        while self._machines:
+            self._machines.popitem()[1].wait(timeout=30)
         if self.folder != Path():
             shutil.rmtree(self.folder)
             self.folder = Path()
@@ -165,29 +169,35 @@ class Cluster:
         """Until the job is in one of the states (`JobState` of scontrol's); what is then known of it."""
         wanted = {states} if isinstance(states, str) else set(states)
         return self._until(
-            lambda: found if (found := self.job(job))["JobState"] in wanted else None,
+            lambda: found if (found := self.job(job))["JobState"] in wanted else {},
             timeout,
             lambda: f"job {job} is {self.job(job)['JobState']}, not {' or '.join(sorted(wanted))}",
         )
 
-    def kill_node(self, node: str) -> None:
-        """Kill its slurmd and all of its jobs' processes at once, as a power cut would."""
-        self._end(node)
+    def kill_node(self, node: str, notice: bool = False) -> None:
+        """Kill its slurmd and all of its jobs' processes at once, as a power cut would.
+
+        The controller finds out by itself after some 17 s; with `notice` it is told at once, as a monitor would.
+        """
+        machine = self._machines.pop(node)
+        _close(machine)
+        machine.wait(timeout=30)
+        if notice:
+            self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
 
     def start_node(self, node: str, timeout: float = 30) -> None:
         """Bring a killed node back into service."""
         self._start(node, "slurmd", "-D", "-N", node)
-        self._until(
-            lambda: not {"down", "unknown", "down*"} & self._states(node) or self._resume(node),
-            timeout,
-            lambda: f"{node} is {' '.join(self._states(node))}",
-        )
+        self._until(lambda: self._serves(node), timeout, lambda: f"{node} is {' '.join(self._states(node))}")
 
     def restore(self) -> None:
         """Cancel what is left, start the nodes that were killed and wait until all are idle."""
-        self.run("scancel", "--full", "--user=root")
+        self._works("scancel", "--user=root", "--full", "--signal=KILL")
+        self.run("scancel", "--user=root")
         for node in self.failed():
             self.start_node(node)
+        for node in self.nodes:
+            self._serves(node)
         self.idle()
 
     def failed(self) -> list[str]:
@@ -221,16 +231,15 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         host = socket.gethostname().split(".")[0]
-        nodes = [
-            NODE.format(name=name, host=host, address=self._address, port=self._ports[name]) for name in self.nodes
-        ]
-        values = {
-            "folder": self.folder,
-            "host": host,
-            "address": self._address,
-            "nodes": "\n".join(nodes),
-            **self._ports,
-        }
+        try:
+            address = socket.gethostbyname(host)  # where NoInAddrAny lets daemons listen
+        except OSError:
+            raise ClusterError(
+                f"this machine's name {host} has no address; write '127.0.0.1 {host}' into /etc/hosts"
+            ) from None
+        nodes = (NODE.format(name=name, host=host, address=address, port=self._ports[name]) for name in self.nodes)
+        named = {"folder": self.folder, "host": host, "address": address, "nodes": "\n".join(nodes)}
+        values = {**named, **self._ports}
         (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
         accounting = self.folder / "slurmdbd.conf"
         accounting.touch(mode=0o600)
@@ -239,7 +248,9 @@ class Cluster:
     def _start_daemons(self) -> None:
         munge = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "seed-file": "munge.seed"}
         places = [f"--{name}={self.folder / file}" for name, file in munge.items()]
-        self._start("munged", "munged", "--foreground", f"--log-file={self.folder / 'logs' / 'munge'}", *places)
+        self._start(
+            "munged", "munged", "--foreground", "--force", f"--log-file={self.folder / 'logs' / 'munge'}", *places
+        )
         self._start(
             *("mariadbd", "mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--skip-networking"),
             *(f"--datadir={self.folder / 'mariadb'}", f"--socket={self._database}"),
@@ -266,14 +277,7 @@ class Cluster:
                 start_new_session=True,  # an interrupt at a terminal is for us alone
             )
 
-    def _end(self, name: str) -> None:
-        machine = self._machines.pop(name, None)
-        if machine is not None:
-            assert machine.stdin is not None
-            machine.stdin.close()
-            machine.wait(timeout=30)
-
-    def _until(self, wanted: Callable[[], object], timeout: float, otherwise: Callable[[], str]) -> object:
+    def _until(self, wanted: Callable[[], Answer], timeout: float, otherwise: Callable[[], str]) -> Answer:
         """What it says once it is true; a daemon that has died meanwhile ends the waiting."""
         end = time.monotonic() + timeout
         while not (answer := wanted()):
@@ -303,9 +307,18 @@ class Cluster:
         only = ["--nodes", node] if node else []
         return set(self.run("sinfo", "--noheader", "--Node", "--format=%T", *only).split())
 
-    def _resume(self, node: str) -> bool:
-        self._works("scontrol", "update", f"nodename={node}", "state=resume")
-        return False
+    def _serves(self, node: str) -> bool:
+        """Whether it takes jobs; one that does not is asked to."""
+        serves = not self._states(node) & OUT
+        if not serves:
+            self._works("scontrol", "update", f"nodename={node}", "state=resume")
+        return serves
+
+
+def _close(machine: subprocess.Popen[bytes]) -> None:
+    """Ask for its end."""
+    assert machine.stdin is not None
+    machine.stdin.close()
 
 
 def _which(program: str) -> str | None:
