@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from vlscale.cluster import records
 from vlscale.cluster.records import Job
-from vlscale.cluster.verdict import Ended, Left, Verdict, judge
-from vlscale.errors import STOPPED
+from vlscale.cluster.verdict import Ended, Left, Verdict, judge, meaning
+from vlscale.errors import STOPPED, TrainingError
 
 POLL = 0.2  # seconds
 LAST_LINES = 20  # of the rank that failed first
@@ -71,8 +71,8 @@ class Machines(Protocol):
         """Which rank failed first, if that can be told."""
         ...
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Which of them do not answer."""
+    def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
+        """Which of them are gone: by what Slurm knows, and if `ask` is given by asking each."""
         ...
 
     def tell(self, number: int) -> None:
@@ -81,6 +81,13 @@ class Machines(Protocol):
 
     def limit(self) -> bool:
         """Whether the job is being ended because its time is over."""
+        ...
+
+    def keep(self, nodes: Sequence[str], queued: bool) -> None:
+        """Give up the job's other nodes; with `queued`, it waits in the queue: ask for so many from now on.
+
+        Raises OSError or subprocess.SubprocessError.
+        """
         ...
 
     def requeue(self, lost: Sequence[str]) -> bool:
@@ -101,25 +108,41 @@ def conduct(file: str) -> NoReturn:
 
 def run(job: Job, machines: Machines) -> int:
     """Start the ranks, again where that is the thing to do; returns the exit code."""
-    conductor = _Conductor(job, machines)
+    conductor, shrinks = _Conductor(job, machines), job.options.on_node_loss == "shrink"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, conductor.on_signal)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit logs it
     if machines.restart > job.options.requeue:
         conductor.say(f"this job was put back into the queue {machines.restart} times, --requeue allows fewer: stopped")
         return STOPPED
+    if machines.restart and job.options.on_node_loss == "end" and conductor.lost_a_node():
+        conductor.say("Slurm has put this job back after it lost a node, and --on_node_loss end was given: stopped")
+        return TrainingError.exit_code
     attempt, nodes = 0, machines.nodes()
+    nodes = nodes[: job.fewer(len(nodes))] if shrinks else nodes
     while True:
-        code, verdict, nodes = conductor.start(attempt, nodes)
+        code, verdict, lost, left = conductor.start(attempt, nodes)
         again = verdict.then == "again"
-        if verdict.then == "requeue":
-            try:
-                again = machines.requeue([node for node in machines.nodes() if node not in nodes])
-            except (OSError, subprocess.SubprocessError) as error:
-                conductor.say(f"the job cannot be put back into the queue ({error}); `submit.py requeue` does it")
+        try:
+            if again or (shrinks and lost and verdict.then == "stopped"):
+                machines.keep(left, queued=not again)
+            if verdict.then == "requeue":
+                again = machines.requeue(lost)
+        except (OSError, subprocess.SubprocessError) as error:
+            conductor.say(f"Slurm does not take that ({_said(error)}); `slurm/submit.py requeue {job.out}` goes on")
+            return code
         if not again:
             return code
-        attempt += 1
+        attempt, nodes = attempt + 1, left
+
+
+class Outcome(NamedTuple):
+    """How a start ended, and what is left to start again on."""
+
+    code: int
+    verdict: Verdict
+    lost: tuple[str, ...]
+    usable: tuple[str, ...]  # as many as the batch divides over
 
 
 class _Conductor:
@@ -136,8 +159,15 @@ class _Conductor:
         """Into the job's log."""
         print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
 
-    def start(self, attempt: int, nodes: tuple[str, ...]) -> tuple[int, Verdict, tuple[str, ...]]:
-        """Start the ranks on these nodes and wait: their code, what to do, and the nodes that are left."""
+    def lost_a_node(self) -> bool:
+        """Whether the start before this one did, as far as is known."""
+        last = next(iter(records.starts(self._job.home)[-1:]), {})
+        return bool(
+            last.get("lost") or (last.get("event") == "began" and self._machines.lost(last["nodes"], ask=False))
+        )
+
+    def start(self, attempt: int, nodes: tuple[str, ...]) -> Outcome:
+        """Start the ranks on these nodes and wait for their end."""
         job, machines = self._job, self._machines
         began = f"{job.number or 'local'}_{machines.restart}_{attempt}"
         start = Start(
@@ -153,8 +183,8 @@ class _Conductor:
         records.append(job.home, "began", {**values, "nodes": list(nodes), "checkpoint": before})
         self.say(f"start {began}: {len(nodes) * start.ranks_per_node} rank(s) on {', '.join(nodes)}")
         since = time.monotonic()
-        code = self._wait(machines.begin(start))
-        lost = () if code in (0, STOPPED) or self._told else machines.lost(nodes)
+        code = meaning(self._wait(machines.begin(start)))
+        lost = () if code in (0, STOPPED) and not self._told else machines.lost(nodes, ask=not self._told)
         after = records.last_checkpoint(Path(job.out))
         ended = Ended(code, lost, self._told, self._told and machines.limit(), self._headway(before, after))
         left = tuple(node for node in nodes if node not in lost)
@@ -167,7 +197,7 @@ class _Conductor:
         outcome = {"code": code, "then": verdict.then, "why": verdict.why, "lost": list(lost), "checkpoint": after}
         told = {"rank": first.rank, "said": first.said} if first is not None else {}
         records.append(job.home, "ended", {**values, **outcome, **told})
-        return code, verdict, usable if verdict.then == "again" else left
+        return Outcome(code, verdict, lost, usable)
 
     def _wait(self, ranks: Running) -> int:
         while True:
@@ -188,6 +218,12 @@ class _Conductor:
         self.say(f"rank {first.rank} failed first ({first.said}); its last lines, of {path}:")
         for line in last_lines(path):
             print(f"    {line}", flush=True)
+
+
+def _said(error: Exception) -> str:
+    """What a command has answered."""
+    said = getattr(error, "stderr", None) or b""
+    return " ".join((said.decode(errors="replace") if isinstance(said, bytes) else said).split()) or str(error)
 
 
 def last_lines(path: Path, count: int = LAST_LINES) -> list[str]:

@@ -47,9 +47,12 @@ class Here:
         failed = [First(rank, f"exit code {code}") for rank, code in enumerate(codes) if code not in (0, 75)]
         return next((each for each in failed if codes[each.rank] != 1), next(iter(failed), None))
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
+    def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """None: we are here."""
         return ()
+
+    def keep(self, nodes: Sequence[str], queued: bool) -> None:
+        """There is but one."""
 
     def tell(self, number: int) -> None:
         """Pass it on to the ranks."""

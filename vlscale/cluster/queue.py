@@ -48,8 +48,6 @@ def executor(home: Path, code: Path, python: str, options: JobOptions) -> Execut
         "chdir": str(code),  # where the job's Python finds vlscale, before the one that is installed
         "requeue" if options.requeue else "no-requeue": True,
     }
-    if options.on_node_loss == "shrink":
-        further["no-kill"] = True
     if options.reservation:
         further["reservation"] = options.reservation
     for word in options.sbatch:

@@ -48,10 +48,10 @@ class Allocation:
         """By what srun said of its tasks."""
         return first_to_fail((start.logs / WORDS).read_text(errors="replace"))
 
-    def lost(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Those on which nothing starts any more."""
+    def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
+        """Those that Slurm would not give any more; if asked, those on which nothing starts."""
         with ThreadPoolExecutor(max_workers=64) as asking:
-            answers = list(asking.map(_answers, nodes))
+            answers = list(asking.map(_answers if ask else slurm.usable, nodes))
         return tuple(node for node, answer in zip(nodes, answers, strict=True) if not answer)
 
     def tell(self, number: int) -> None:
@@ -62,20 +62,39 @@ class Allocation:
         shown = slurm.job(self._number)
         return "TimeLimit" in shown.get("Reason", "") or shown.get("JobState") == "TIMEOUT"
 
+    def keep(self, nodes: Sequence[str], queued: bool) -> None:
+        """See `conductor.Machines`. Slurm lets a user make a job smaller while it runs, and while it waits."""
+        ranks = len(nodes) * self._job.options.ranks_per_node
+        fewer = (
+            (f"NumTasks={ranks}", f"NumNodes={len(nodes)}-{len(nodes)}") if queued else (f"NodeList={','.join(nodes)}",)
+        )
+        self._control("update", f"JobId={self._number}", *fewer)
+
     def requeue(self, lost: Sequence[str]) -> bool:
         """Into the queue; not before Slurm knows that the lost nodes are, or it would give them again."""
         until = time.monotonic() + NOTICE
         while any(slurm.usable(node) for node in lost) and time.monotonic() < until:
             time.sleep(2)
-        subprocess.run(
-            ["scontrol", "requeue", self._number], check=True, timeout=60, capture_output=True, stdin=subprocess.DEVNULL
-        )
+        self._control("requeue", self._number)
         return False
+
+    def _control(self, *words: str) -> None:
+        """In the job's own folder: Slurm writes a file there when a job gets smaller."""
+        subprocess.run(
+            ["scontrol", *words],
+            cwd=self._job.home,
+            check=True,
+            timeout=60,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
 
     def _environment(self, start: Start) -> dict[str, str]:
         """What the ranks are told beside what Slurm tells them."""
         options, job = self._job.options, int(self._number)
-        told = {"MASTER_PORT": str(_free(environment.port(job, start.attempt, self.restart))), "PYTHONUNBUFFERED": "1"}
+        told = {"PYTHONUNBUFFERED": "1"}
+        if len(start.nodes) * start.ranks_per_node > 1:  # one process alone needs no meeting place
+            told["MASTER_PORT"] = str(_free(environment.port(job, start.attempt, self.restart)))
         if options.cpus_per_task and not options.gpus_per_node:
             told["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(options.cpus_per_task))
         return told
@@ -101,8 +120,8 @@ class Step:
             raise
 
     def _end(self) -> None:
-        subprocess.run(["scancel", "--signal=KILL", self._job], capture_output=True, timeout=ANSWER, check=False)
         try:
+            subprocess.run(["scancel", "--signal=KILL", self._job], capture_output=True, timeout=ANSWER, check=False)
             self._srun.wait(ALONE / 2)
         except subprocess.TimeoutExpired:  # for a task on a node that is gone
             self._srun.kill()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
 from vlscale.errors import DONE, STOPPED, CheckpointError, ConfigError, DataError
 
 Then = Literal["done", "failed", "stopped", "requeue", "again"]
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to stop
+UNHEARD = tuple(128 + number for number in ASKED)  # codes of ranks that were asked before they listened
 HOPELESS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)  # nothing another node would mend
 
 
@@ -39,10 +42,19 @@ class Verdict:
     why: str
 
 
+def meaning(code: int) -> int:
+    """The exit code of ranks as one of a run: asked to stop before they listened, they lost nothing."""
+    return STOPPED if code in UNHEARD else code
+
+
 def judge(ended: Ended, left: Left) -> Verdict:
     """The next thing to do."""
     if ended.code == DONE:
         return Verdict("done", "all steps are done")
+    if ended.told and ended.lost:
+        if left.on_node_loss == "end":
+            return Verdict("failed", f"lost {', '.join(ended.lost)}, and --on_node_loss end was given")
+        return Verdict("stopped", f"lost {', '.join(ended.lost)}; Slurm puts the job back into the queue")
     if ended.told and not ended.limit:
         saved = "saved and stopped" if ended.code == STOPPED else f"ended with {ended.code}"
         return Verdict("stopped", f"{saved}: it was cancelled, or is put back into the queue by Slurm")
