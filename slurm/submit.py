@@ -98,8 +98,11 @@ def main(argv: list[str]) -> int:
     }
     given = {name: value for name, value in given.items() if value not in (None, False)}
     if arguments.local is not None:
-        if odd := set(given) & {"nodes", "tasks_per_node", "gpus_per_node"}:
-            raise ConfigError(f"--local {arguments.local} starts so many ranks here; leave out --{min(odd)}")
+        of_slurm = ("cluster", "nodes", "tasks_per_node", "gpus_per_node")
+        if odd := next((name for name in of_slurm if getattr(arguments, name)), None):
+            raise ConfigError(f"--local {arguments.local} starts so many ranks here; leave out --{odd}")
+        if arguments.local < 1:
+            raise ConfigError(f"--local should be at least 1 (got {arguments.local})")
         given["tasks_per_node"] = arguments.local
     return submission.submit(
         submission.Asked(

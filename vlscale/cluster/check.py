@@ -12,13 +12,15 @@ from vlscale.errors import ConfigError
 from vlscale.options import InitConfig
 
 
-def check(request: Request, ranks: int, gpus: bool) -> tuple[int, int]:
+def check(request: Request, ranks: int, gpus: bool | None) -> tuple[int, int]:
     """Configuration, data, run folder and model of a run on so many ranks: its batch and micro-batch.
+
+    `gpus`: whether the ranks will have them; None = as this machine has.
 
     Raises:
         ConfigError, DataError, CheckpointError: as the run itself would.
     """
-    setting = build.setup(request, Elsewhere(ranks, gpus))
+    setting = build.setup(request, Elsewhere(ranks, torch.cuda.is_available() if gpus is None else gpus))
     with torch.device("meta"):
         build.build_model(replace(request.run, init=InitConfig()))
     return request.run.data.batch, int(setting.ds["train_micro_batch_size_per_gpu"])

@@ -62,9 +62,9 @@ def keep(path: str, into: Path) -> str:
 
 def _files(checkout: Path) -> Iterator[str]:
     """Relative paths of what belongs to the code."""
-    listed = git(checkout, "ls-files", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    listed = git(checkout, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if listed:
-        yield from (line for line in listed.splitlines() if (checkout / line).is_file())
+        yield from (file for file in listed.split("\0") if (checkout / file).is_file())
         return
     for part in PARTS:
         paths = [checkout / part] if (checkout / part).is_file() else (checkout / part).rglob("*")

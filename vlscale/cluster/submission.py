@@ -110,7 +110,7 @@ def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     request = Request(run, asked.ds_config, out, asked.resume)
     if asked.options.on_node_loss == "shrink":
         check_fewer(request)
-    batch, micro_batch = check(request, asked.options.ranks, asked.options.gpus_per_node > 0)
+    batch, micro_batch = check(request, asked.options.ranks, None if asked.local else asked.options.gpus_per_node > 0)
     return Checked(variant, out, batch, micro_batch)
 
 
