@@ -42,7 +42,7 @@ class Allocation:
         with (start.logs / WORDS).open("wb") as said:
             words, environment = command(self._job, start), {**os.environ, **self._environment(start)}
             srun = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        return Step(srun, start.logs / WORDS, self._number)
+        return Step(srun, start.logs / WORDS)
 
     def first(self, start: Start) -> First | None:
         """By what srun said of its tasks."""
@@ -103,25 +103,29 @@ class Allocation:
 class Step:
     """Ranks as tasks of srun, which waits for a lost node's as long as Slurm does; see `conductor.Running`."""
 
-    def __init__(self, srun: subprocess.Popen[bytes], words: Path, job: str) -> None:
-        self._srun, self._words, self._job = srun, words, job
+    def __init__(self, srun: subprocess.Popen[bytes], words: Path) -> None:
+        self._srun, self._words = srun, words
         self._failed = float("inf")  # when srun had said that a task failed
+        self._code: int | None = None  # of that task, where the others had to be ended
 
     def wait(self, timeout: float) -> int:
         """See `conductor.Running`. Once a task has failed, the others are ended if they do not end by themselves."""
         try:
-            return self._srun.wait(timeout)
+            code = self._srun.wait(timeout)
+            return code if self._code is None else self._code
         except subprocess.TimeoutExpired:
-            now = time.monotonic()
-            if self._failed > now and first_to_fail(self._words.read_text(errors="replace")) is not None:
+            now, first = time.monotonic(), first_to_fail(self._words.read_text(errors="replace"))
+            if self._failed > now and first is not None:
                 self._failed = now
-            if now - self._failed > ALONE:
-                self._end()
+            if now - self._failed > ALONE and first is not None:
+                self._end(first)
             raise
 
-    def _end(self) -> None:
+    def _end(self, first: First) -> None:
+        exited = re.search(r"exit code (\d+)", first.said)
+        self._code = int(exited.group(1)) if exited else None
+        self._srun.terminate()  # Slurm kills the tasks of the step at once
         try:
-            subprocess.run(["scancel", "--signal=KILL", self._job], capture_output=True, timeout=ANSWER, check=False)
             self._srun.wait(ALONE / 2)
         except subprocess.TimeoutExpired:  # for a task on a node that is gone
             self._srun.kill()
