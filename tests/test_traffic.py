@@ -98,6 +98,8 @@ def test_what_objectives_add_by_hand() -> None:
     few, more = {"all_gather_into_tensor": 14, "all_reduce": 5}, {"all_gather_into_tensor": 24, "all_reduce": 5}
     drawn_on = own_traffic(few, more, (2, 4), whole=10)  # 4 and 5 per sample; and 5 whatever the samples
     assert sorted((part.how, part.bytes) for part in drawn_on) == [("all-gather", 54), ("all-reduce", 5)]
+    (alone,) = own_traffic({"all_reduce": 5}, {"all_reduce": 5}, (1, 1), whole=10)
+    assert alone.bytes == 50
 
 
 def test_weak_scaling_by_hand() -> None:

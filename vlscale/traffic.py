@@ -167,13 +167,14 @@ def own_traffic(
 
     Args:
         few, more: `collectives.Volume.bytes` of a forward and backward pass.
-        samples: of a rank in each of the two.
+        samples: of a rank in each of the two; may be equal.
         whole: samples of a rank and step.
     """
     first, second = samples
     parts = []
     for name in sorted({*few, *more} & HOWS.keys()):
-        slope = (more.get(name, 0) - few.get(name, 0)) / max(second - first, 1)
+        rise = more.get(name, 0) - (few.get(name, 0) if second > first else 0)  # else all of it goes with the samples
+        slope = rise / (second - first or second)
         parts.append(Part("objectives", HOWS[name], max(0.0, more.get(name, 0) + slope * (whole - second))))
     return [part for part in parts if part.bytes]
 
@@ -218,7 +219,7 @@ def weak_scaling(
     gpus: int = 8,
     overlap: float = 0.5,
     reached: float = 0.8,
-    latency: float = 20e-6,
+    latency: float = 5e-6,
 ) -> list[Scale]:
     """Step time on more and more nodes where each GPU keeps its share of the work. A prediction, not a measurement.
 
