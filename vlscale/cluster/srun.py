@@ -23,6 +23,7 @@ ANSWER = 30  # seconds for a node to start nothing
 NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
+ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|CANCELLED AT")  # tasks, by others
 
 
 class Allocation:
@@ -151,7 +152,10 @@ def command(job: Job, start: Start) -> list[str]:
 
 def first_to_fail(said: str) -> First | None:
     """The first task of which srun says that it failed, unless it only says after it that another one was lost."""
-    found = [First(int(rank), how.strip()) for rank, how in (match.groups() for match in TASK.finditer(said))]
+    texts = (ENDED.split(said, maxsplit=1)[0], said)
+    found = next(
+        ([First(int(rank), how.strip()) for rank, how in tasks] for tasks in map(TASK.findall, texts) if tasks), []
+    )
     failed = [each for each in found if not each.said.endswith("exit code 75")]
     causes = [each for each in failed if not each.said.endswith("exit code 1")]
     return next(iter(causes or failed), None)
