@@ -152,10 +152,8 @@ def command(job: Job, start: Start) -> list[str]:
 
 def first_to_fail(said: str) -> First | None:
     """The first task of which srun says that it failed, unless it only says after it that another one was lost."""
-    texts = (ENDED.split(said, maxsplit=1)[0], said)
-    found = next(
-        ([First(int(rank), how.strip()) for rank, how in tasks] for tasks in map(TASK.findall, texts) if tasks), []
-    )
+    tasks = TASK.findall(ENDED.split(said, maxsplit=1)[0]) or TASK.findall(said)
+    found = [First(int(rank), how.strip()) for rank, how in tasks]
     failed = [each for each in found if not each.said.endswith("exit code 75")]
     causes = [each for each in failed if not each.said.endswith("exit code 1")]
     return next(iter(causes or failed), None)
