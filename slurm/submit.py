@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         for each in dataclasses.fields(JobOptions)
         if hasattr(arguments, each.name)
     }
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if arguments.local is not None:
         of_slurm = ("cluster", "nodes", "tasks_per_node", "gpus_per_node")
         if odd := next((name for name in of_slurm if getattr(arguments, name)), None):
