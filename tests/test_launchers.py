@@ -16,7 +16,9 @@ from tests.runs import ROOT, TINY, environment, launch, metrics, run_whole
 from tests.shard_files import sample, write_samples
 from vlscale.errors import DONE
 
-LAUNCHERS = sorted(path.stem for path in (ROOT / "launchers").glob("*.py"))
+LAUNCHERS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("launchers", "slurm") for path in (ROOT / folder).glob("*.py")
+)
 TINY_SHARDS = ("data.batch=4", "family.vocab=256")
 
 
@@ -24,7 +26,7 @@ TINY_SHARDS = ("data.batch=4", "family.vocab=256")
 def test_help_is_quick_and_needs_no_torch(name: str) -> None:
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", f"launchers/{name}.py", "--help"],
+        [sys.executable, "-X", "importtime", name, "--help"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -133,7 +133,7 @@ def test_mistakes_in_a_profile(text: str, says: str, tmp_path: Path) -> None:
 
 
 def test_a_profile_that_is_not_there(profiles: Path) -> None:
-    with pytest.raises(ConfigError, match="no such profile in .*; did you mean 'alps'?"):
+    with pytest.raises(ConfigError, match=r"no such profile in .*; did you mean 'alps'\?"):
         resolve({}, "alp", profiles)
     with pytest.raises(ConfigError, match=r"--cluster mine\.yaml: no such file"):
         resolve({}, "mine.yaml", profiles)
