@@ -46,7 +46,8 @@ def init(timeout: timedelta = TIMEOUT) -> torch.device:
     makes a group of one. A collective that takes longer than `timeout` fails.
 
     Raises:
-        ConfigError: the environment is incomplete, or names a GPU that this machine does not have.
+        ConfigError: the environment is incomplete, or names a GPU that this machine does not have, or a port that
+            is taken.
     """
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.13 says so at every call
         warnings.filterwarnings("ignore", rf"`torch.distributed.{name}` is deprecated", FutureWarning)
@@ -60,8 +61,17 @@ def init(timeout: timedelta = TIMEOUT) -> torch.device:
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if dist.is_initialized():
+        return device
+    try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']}, where the ranks were to meet, is taken; "
+            f"give another one as --master_port to the launcher, or as MASTER_PORT"
+        ) from None
     return device
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.runs import ROOT, environment
-from vlscale import cores
+from vlscale import cores, distributed
 from vlscale.cluster.environment import FIRST_PORT, PORTS, first_node, of_task, port
 from vlscale.errors import ConfigError
 
@@ -133,3 +134,13 @@ def test_a_tasks_cores(monkeypatch: pytest.MonkeyPatch, seen: int, given: dict[s
     for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "16", **given}.items():
         monkeypatch.setenv(name, value)
     assert cores.of_a_rank() == expected
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number}
+        for name, value in places.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"port {number} of 127.0.0.1, where the ranks were to meet, is taken"):
+            distributed.init()
