@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -268,7 +269,7 @@ class Cluster:
     def _start(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / "logs" / f"{name}.out").open("ab") as log:
             self._machines[name] = subprocess.Popen(
-                [sys.executable, MACHINE, str(_which(program)), *arguments],
+                [sys.executable, MACHINE, str(self.folder), str(_which(program)), *arguments],
                 cwd=self.folder,
                 env={**self.environment(), "MYSQL_UNIX_PORT": str(self._database)},
                 stdin=subprocess.PIPE,
@@ -316,9 +317,10 @@ class Cluster:
 
 
 def _close(machine: subprocess.Popen[bytes]) -> None:
-    """Ask for its end."""
+    """Ask for its end; not if it has come."""
     assert machine.stdin is not None
-    machine.stdin.close()
+    with suppress(BrokenPipeError), machine.stdin as words:
+        words.write(b".")
 
 
 def _which(program: str) -> str | None:

@@ -1,7 +1,7 @@
-"""One daemon and all that it starts, which end together: `python machine.py COMMAND ...`.
+"""One daemon and all that it starts, which end together: `python machine.py FOLDER COMMAND ...`.
 
-Whatever comes from COMMAND is adopted here when its parent has gone. All of it is killed as soon as COMMAND ends,
-standard input closes or the process that started this one is no more.
+Whatever comes from COMMAND is adopted here when its parent has gone. All of it is killed as soon as COMMAND ends or
+standard input says so; an input that closes without a word means that who started this was killed, and FOLDER goes too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import subprocess
 import sys
 
@@ -20,15 +21,18 @@ PR_SET_CHILD_SUBREAPER = 36
 def main() -> int:
     """Run the command; its exit code."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    parent = os.getppid()
-    daemon = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    try:
-        while daemon.poll() is None and os.getppid() == parent:
-            if select.select([sys.stdin], [], [], 0.1)[0]:
-                break
-            reap(daemon.pid)
-    finally:
-        kill_all()
+    folder, *command = sys.argv[1:]
+    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    parent, orphaned = os.getppid(), False
+    while daemon.poll() is None and not orphaned:
+        if select.select([sys.stdin], [], [], 0.1)[0]:
+            orphaned = not sys.stdin.read(1)
+            break
+        orphaned = os.getppid() != parent  # a fork of its may hold the input open
+        reap(daemon.pid)
+    kill_all()
+    if orphaned:
+        shutil.rmtree(folder, ignore_errors=True)
     return daemon.wait()
 
 

@@ -79,6 +79,7 @@ def test_daemons_end_with_a_process_that_was_killed(tmp_path: Path) -> None:
     daemons = [each for each in below if each.name() != "sleep"]
     assert len(daemons) >= 10
     assert not psutil.wait_procs(daemons, timeout=10)[1]
+    assert not list(tmp_path.iterdir())
     for each in below:
         if each not in daemons:
             each.kill()
