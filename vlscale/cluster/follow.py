@@ -16,7 +16,6 @@ LOG = "log.txt"  # of the run folder
 PAUSE = 1.0  # seconds between two looks at the files
 ASK = 4.0  # seconds between two questions to Slurm
 SETTLE = 15.0  # seconds for the last words of a job to be seen on a shared file system
-MOVING = ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED", "STOPPED")
 
 
 @dataclass
@@ -72,7 +71,7 @@ def _look(job: Job, seen: dict[str, str], codes: dict[str, int], say: Callable[[
     if state != seen.get(job.number):
         seen[job.number] = state
         say(f"job {job.number} ({Path(job.out).name}): {state}{why}")
-    if state not in MOVING:
+    if state in slurm.OVER:
         codes[job.number] = code(job, state)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,24 +88,23 @@ def submit(jobs: Sequence[Job], home: Path) -> list[Job]:
     """Queue them, several as one array, and keep how each is called; all ask for the same.
 
     Raises:
-        ConfigError: Slurm refuses, or `home` cannot be written; nothing is queued or left then.
+        ConfigError: Slurm refuses, or `home` cannot be written; nothing is queued then, and no `job.json` changed.
     """
     first = jobs[0]
-    fresh = [job.home for job in jobs if not job.home.exists()]
+    before = [records.read_job(Path(job.out)) if (job.home / records.JOB).is_file() else None for job in jobs]
     try:
         for job in jobs:
             job.write()
         made = executor(home, Path(first.code), first.python, first.options)
         files = [str(job.home / records.JOB) for job in jobs]
-        queued = made.map_array(conduct, files) if len(files) > 1 else [made.submit(conduct, files[0])]
+        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's refusal, which is told below
+            queued = made.map_array(conduct, files) if len(files) > 1 else [made.submit(conduct, files[0])]
     except (FailedJobError, FailedSubmissionError) as error:
-        for folder in fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        said = [
-            line.removeprefix("sbatch: error: ")
-            for line in str(error).splitlines()
-            if line.startswith("sbatch: error:")
-        ]
+        for job, earlier in zip(jobs, before, strict=True):
+            (job.home / records.JOB).unlink()
+            if earlier is not None:
+                earlier.write()
+        said = re.findall(r"^sbatch: error: (?:Batch job submission failed: )?(.*)", str(error), re.MULTILINE)
         raise ConfigError(f"sbatch refuses the job: {'; '.join(said) or ' '.join(str(error).split())}") from None
     except OSError as error:
         raise ConfigError(f"--out {first.out} cannot be written ({error}); give another one") from None

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from vlscale.errors import ConfigError, did_you_mean
 
 PATIENCE = 60  # seconds for a command of Slurm's
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+OVER = (  # PREEMPTED: and not put back
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
+    *("BOOT_FAIL", "REVOKED"),
+)
 UNUSABLE = ("DOWN", "NOT_RESPONDING", "DRAIN", "FAIL", "POWERED_DOWN", "UNKNOWN")
 
 
@@ -19,18 +22,24 @@ def is_here() -> bool:
     return all(shutil.which(name) for name in ("sbatch", "srun", "squeue", "scontrol"))
 
 
-def check(partition: str | None) -> None:
-    """ConfigError unless jobs can be queued from here, in this partition."""
+def check(partition: str | None, nodes: int) -> None:
+    """ConfigError unless jobs of so many nodes can be queued from here, in this partition."""
     if not is_here():
         raise ConfigError(
             "this machine has no Slurm (sbatch is not found); run it on a login node, or give --local N to run here, "
             "or --dry_run to see the script"
         )
-    known = [each.rstrip("*") for each in ask(["sinfo", "--noheader", "--format=%R"]).split()]
-    if partition is not None:
-        for each in partition.split(","):
-            if each not in known:
-                raise ConfigError(f"--partition {each}: this cluster has none of that name{did_you_mean(each, known)}")
+    listed = [
+        line.split() for line in ask(["sinfo", "--all", "--summarize", "--noheader", "--format=%P %F"]).splitlines()
+    ]
+    sizes = {name.rstrip("*"): int(counts.split("/")[-1]) for name, counts in listed}  # allocated/idle/other/all
+    asked = partition.split(",") if partition else [name.rstrip("*") for name, _ in listed if name.endswith("*")]
+    for each in asked:
+        if each not in sizes:
+            raise ConfigError(f"--partition {each}: this cluster has none of that name{did_you_mean(each, sizes)}")
+    most = max((sizes[each] for each in asked), default=nodes)
+    if nodes > most:
+        raise ConfigError(f"--nodes {nodes}: partition {', '.join(asked)} has {most}; ask for so many or fewer")
 
 
 def ask(words: Sequence[str]) -> str:

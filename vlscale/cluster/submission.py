@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def submit(asked: Asked) -> int:
     if asked.local and asked.sweep:
         raise ConfigError("--local runs one run at a time; leave out --sweep")
     if not (asked.local or asked.dry_run):
-        slurm.check(asked.options.partition)
+        slurm.check(asked.options.partition, asked.options.nodes)
     root = Path(asked.out or run_folder.default_name(runs[0].recipe)).absolute()
     if asked.sweep and (root / run_folder.CONFIG).exists():
         raise ConfigError(f"--out {asked.out} holds a run; give a sweep a folder of its own")
@@ -73,16 +74,21 @@ def submit(asked: Asked) -> int:
     if asked.dry_run:
         _show(asked, options, waiting, home)
         return DONE
+    fresh = [path for path in (root, home, *(each.out for each in waiting)) if not path.exists()]
     try:
         home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {root} cannot be written ({error}); give another one") from None
-    if asked.sweep:
-        sweep.write(root, variants)
-    jobs = _jobs(asked, options, waiting, snapshot.take(asked.checkout, home), home)
+        if asked.sweep:
+            sweep.write(root, variants)
+        jobs = _jobs(asked, options, waiting, snapshot.take(asked.checkout, home), home)
+        queued = [] if asked.local else queue.submit(jobs, home)
+    except (OSError, ConfigError) as error:
+        for path in fresh:
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"--out {root} cannot be written ({error}); give another one") from None
+        raise
     if asked.local:
         return _run_here(jobs[0])
-    queued = queue.submit(jobs, home)
     for job in queued:
         print(f"job {job.number}: {job.out} (`slurm/submit.py status|logs|cancel|requeue {_near(root)}`)")
     if not asked.follow:
@@ -101,12 +107,12 @@ def submit(asked: Asked) -> int:
 def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     """None if there is nothing left to do for it."""
     run = config.load(asked.recipe, (*asked.overrides, *variant.overrides))
+    if not asked.dry_run:
+        queue.check_free(out)
     done = begin.finished(out, run.checkpoint.to, config.dump(run), asked.resume, run.steps)
     if done:
         print(done)
         return None
-    if not asked.dry_run:
-        queue.check_free(out)
     request = Request(run, asked.ds_config, out, asked.resume)
     if asked.options.on_node_loss == "shrink":
         check_fewer(request)

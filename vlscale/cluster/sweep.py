@@ -58,9 +58,10 @@ def split(text: str) -> list[str]:
 
 
 def write(folder: Path, runs: Sequence[Variant]) -> None:
-    """Keep which runs a folder holds."""
+    """Keep which runs a folder holds: these, and those that it held before."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed = {"runs": [{"name": run.name, "overrides": list(run.overrides)} for run in runs]}
+    held = {run.name: run for run in (*read(folder), *runs)}
+    listed = {"runs": [{"name": run.name, "overrides": list(run.overrides)} for run in held.values()]}
     write_atomically(folder / SWEEP, json.dumps(listed, indent=2) + "\n")
 
 
