@@ -10,7 +10,6 @@ import ctypes
 import os
 import select
 import shutil
-import subprocess
 import sys
 
 import psutil
@@ -18,29 +17,28 @@ import psutil
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def main() -> int:
-    """Run the command; its exit code."""
+def main() -> None:
+    """Run the command."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    folder, *command = sys.argv[1:]
-    daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     parent, orphaned = os.getppid(), False
-    while daemon.poll() is None and not orphaned:
-        if select.select([sys.stdin], [], [], 0.1)[0]:
+    folder, *command = sys.argv[1:]
+    no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    daemon = os.posix_spawn(command[0], command, os.environ, file_actions=[no_input])
+    while not orphaned and not bury(daemon):
+        if select.select([sys.stdin], [], [], 0.3)[0]:
             orphaned = not sys.stdin.read(1)
             break
         orphaned = os.getppid() != parent  # a fork of its may hold the input open
-        reap(daemon.pid)
     kill_all()
     if orphaned:
         shutil.rmtree(folder, ignore_errors=True)
-    return daemon.wait()
 
 
-def reap(daemon: int) -> None:
-    """Bury the adopted."""
-    for child in psutil.Process().children():
-        if child.pid != daemon and child.status() == psutil.STATUS_ZOMBIE:
-            os.waitpid(child.pid, 0)
+def bury(daemon: int) -> bool:
+    """The dead, most of them adopted; whether the daemon was one of them."""
+    while (dead := os.waitpid(-1, os.WNOHANG)[0]) not in (0, daemon):
+        continue
+    return dead == daemon
 
 
 def kill_all() -> None:
@@ -55,4 +53,4 @@ def kill_all() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -71,18 +70,18 @@ def test_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_daemons_end_with_a_process_that_was_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.slurm", "--nodes=1", "--", "sleep", "1000"]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}) as program:
-        until(lambda: any(each.name() == "sleep" for each in psutil.Process(program.pid).children()))
-        below = psutil.Process(program.pid).children(recursive=True)
-        program.send_signal(signal.SIGKILL)
-    daemons = [each for each in below if each.name() != "sleep"]
-    assert len(daemons) >= 10
-    assert not psutil.wait_procs(daemons, timeout=10)[1]
-    assert not list(tmp_path.iterdir())
-    for each in below:
-        if each not in daemons:
-            each.kill()
+    (tmp_path / "clusters").mkdir()
+    command = [sys.executable, "-m", "tests.slurm", "--nodes=1", "--", "bash", "-c", f"touch {tmp_path / 'up'}; cat"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "clusters")}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as program:
+        try:
+            until((tmp_path / "up").exists, 60)
+            below = psutil.Process(program.pid).children(recursive=True)
+        finally:
+            program.kill()
+    assert len(below) >= 12  # five machines, their daemons, bash and cat
+    assert not psutil.wait_procs(below, timeout=20)[1]
+    assert not list((tmp_path / "clusters").iterdir())
 
 
 def test_a_daemon_that_dies_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
