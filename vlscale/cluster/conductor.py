@@ -1,6 +1,6 @@
 """The process of a job that starts the ranks, waits for their end, and sees to what comes then.
 
-submitit runs `conduct` once, in the batch script on the job's first node; `slurm/submit.py --local N` calls it here.
+submitit starts it once, in the batch script on the job's first node; `slurm/submit.py --local N` calls it here.
 The ranks are plain `launchers/pretrain.py`, and are told by Slurm itself when the time is nearly over or the job is
 preempted. So nothing of a run hangs on this process, whose end is theirs.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, Protocol
 
 from vlscale.cluster import records
 from vlscale.cluster.records import Job
@@ -96,14 +95,6 @@ class Machines(Protocol):
         Raises OSError or subprocess.SubprocessError.
         """
         ...
-
-
-def conduct(file: str) -> NoReturn:
-    """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
-    from vlscale.cluster.srun import Allocation
-
-    job = records.read_job(Path(file).parent.parent)
-    sys.exit(run(job, Allocation(job)))
 
 
 def run(job: Job, machines: Machines) -> int:
@@ -190,7 +181,7 @@ class _Conductor:
         left = tuple(node for node in nodes if node not in lost)
         usable = left[: job.fewer(len(left))]
         verdict = judge(ended, Left(job.options.requeue - machines.restart, len(usable), job.options.on_node_loss))
-        first = machines.first(start) if code not in (0, STOPPED) else None
+        first = machines.first(start) if code not in (0, STOPPED) and not lost else None
         if first is not None:
             self._show(first, start)
         self.say(f"start {began} ended with {code} after {time.monotonic() - since:.0f} s: {verdict.why}")

@@ -15,9 +15,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from vlscale import run_folder
 from vlscale.cluster import records, slurm
-from vlscale.cluster.conductor import conduct
 from vlscale.cluster.options import JobOptions
 from vlscale.cluster.records import Job
+from vlscale.cluster.srun import conduct
 from vlscale.errors import ConfigError
 
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")

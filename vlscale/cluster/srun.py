@@ -6,14 +6,16 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import submitit
 
-from vlscale.cluster import environment, slurm
+from vlscale.cluster import conductor, environment, records, slurm
 from vlscale.cluster.conductor import First, Start
 from vlscale.cluster.records import Job
 
@@ -24,6 +26,12 @@ NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeo
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
 ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|CANCELLED AT")  # tasks, by others
+
+
+def conduct(file: str) -> NoReturn:
+    """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
+    job = records.read_job(Path(file).parent.parent)
+    sys.exit(conductor.run(job, Allocation(job)))
 
 
 class Allocation:
