@@ -54,6 +54,7 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first}
 SlurmdTimeout=10
 MessageTimeout=5
 InactiveLimit=0
@@ -240,7 +241,8 @@ class Cluster:
             ) from None
         nodes = (NODE.format(name=name, host=host, address=address, port=self._ports[name]) for name in self.nodes)
         named = {"folder": self.folder, "host": host, "address": address, "nodes": "\n".join(nodes)}
-        values = {**named, **self._ports}
+        first = random.randint(1, 4000)  # rendezvous ports come from job numbers: two clusters have others
+        values = {**named, **self._ports, "first": first}
         (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
         accounting = self.folder / "slurmdbd.conf"
         accounting.touch(mode=0o600)
