@@ -50,7 +50,9 @@ class Allocation:
         """One step of `srun` with a task per rank."""
         with (start.logs / WORDS).open("wb") as said:
             words, environment = command(self._job, start), {**os.environ, **self._environment(start)}
-            srun = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            srun = subprocess.Popen(  # in a session of its own: TERM to srun alone kills its tasks at once
+                words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            )
         return Step(srun, start.logs / WORDS)
 
     def first(self, start: Start) -> First | None:
@@ -149,6 +151,8 @@ def command(job: Job, start: Start) -> list[str]:
         *("--kill-on-bad-exit=0", f"--wait={WAIT}", "--unbuffered", "--export=ALL", f"--chdir={job.folder}"),
         f"--output={start.logs}/rank_%5t.txt",
     ]
+    if start.attempt:
+        words.append("--overlap")  # Slurm keeps the step that lost a node for as long as that node does not answer
     if options.cpus_per_task:
         words.append(f"--cpus-per-task={options.cpus_per_task}")  # not passed on by sbatch since Slurm 22.05
     if options.gpus_per_node:
