@@ -159,7 +159,7 @@ def test_a_stop_of_local_ranks_leaves_no_process_and_goes_on(number: signal.Sign
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        end = time.monotonic() + 100
+        end = time.monotonic() + 200
         while process.poll() is None and last_step(out) < 3 and time.monotonic() < end:
             time.sleep(0.05)
         ranks = psutil.Process(process.pid).children(recursive=True)
@@ -184,7 +184,7 @@ def test_a_local_rank_that_fails_is_shown(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        end = time.monotonic() + 100
+        end = time.monotonic() + 200
         while process.poll() is None and last_step(out) < 2 and time.monotonic() < end:
             time.sleep(0.05)
         ranks = psutil.Process(process.pid).children()

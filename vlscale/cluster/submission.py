@@ -109,7 +109,7 @@ def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     run = config.load(asked.recipe, (*asked.overrides, *variant.overrides))
     if not asked.dry_run:
         queue.check_free(out)
-    done = begin.finished(out, run.checkpoint.to, config.dump(run), asked.resume, run.steps)
+    done = begin.done(out, run.checkpoint.to, config.dump(run), asked.resume, run.steps)
     if done:
         print(done)
         return None

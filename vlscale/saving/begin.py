@@ -31,6 +31,14 @@ def check(out: Path | None, to: str | None, configuration: Mapping[str, Any], re
 
 
 def finished(out: Path, to: str | None, configuration: Mapping[str, Any], resume: str, steps: int) -> str:
+    """As `done`; of a run that is not, the folder is held."""
+    said = done(out, to, configuration, resume, steps)
+    if not said and (out / run_folder.CONFIG).is_file():
+        run_folder.hold(out)  # before anything is read that it goes on from
+    return said
+
+
+def done(out: Path, to: str | None, configuration: Mapping[str, Any], resume: str, steps: int) -> str:
     """A sentence if `out` holds this very run with all its steps done, and evaluated; else empty. As `check`.
 
     Checkpoints are judged by the names and sizes of their files alone.
@@ -38,8 +46,6 @@ def finished(out: Path, to: str | None, configuration: Mapping[str, Any], resume
     check(out, to, configuration, resume)
     step = checkpoint.last_step(checkpoint.target(out, to))
     if step < steps or (step == steps and not evaluated(out, step)):
-        if (out / run_folder.CONFIG).is_file():
-            run_folder.hold(out)  # before anything is read that it goes on from
         return ""
     return f"{out} holds this run, finished at step {step}; there is nothing left to do"
 
