@@ -152,7 +152,7 @@ def command(job: Job, start: Start) -> list[str]:
         f"--output={start.logs}/rank_%5t.txt",
     ]
     if start.attempt:
-        words.append("--overlap")  # Slurm keeps the step that lost a node for as long as that node does not answer
+        words += ["--overlap", "--mem=0"]  # Slurm keeps the step that lost a node as long as that one does not answer
     if options.cpus_per_task:
         words.append(f"--cpus-per-task={options.cpus_per_task}")  # not passed on by sbatch since Slurm 22.05
     if options.gpus_per_node:
