@@ -10,13 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.runs import ROOT, TINY, environment, figures, last_step, run_whole
+from launchers import pretrain as launcher
+from tests.distributed.spawn import run_ranks
+from tests.runs import ROOT, TINY, environment, figures, last_step
 from tests.slurm.cluster import Cluster
 from vlscale.errors import DONE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # minutes on a busy machine
 
-STEPS = 60
+STEPS = 40
 RUN = ("--ds_config", "ds_configs/zero2.json", f"steps={STEPS}", "checkpoint.every=1000")
 START, GONE = 240.0, 40.0  # seconds on a busy machine; the ranks themselves give up after 25
 
@@ -28,6 +30,10 @@ def srun(slurm: Cluster, out: Path) -> subprocess.Popen[str]:
     own |= {name: environment()[name] for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")}
     with out.with_suffix(".txt").open("a") as said:
         return subprocess.Popen([*command, *TINY, *RUN], cwd=ROOT, env=own, stdout=said, stderr=said, text=True)
+
+
+def pretrain(*arguments: str) -> None:
+    assert launcher.main(list(arguments)) == DONE
 
 
 def ranks(slurm: Cluster) -> list[psutil.Process]:
@@ -60,5 +66,5 @@ def test_a_run_that_loses_a_node_s_slurmstepd_and_goes_on(slurm: Cluster, tmp_pa
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{last_step(out):08}"
     assert last_step(out) < STEPS, out.with_suffix(".txt").read_text()
     assert srun(slurm, out).wait(timeout=START) == DONE, out.with_suffix(".txt").read_text()
-    run_whole(4, tmp_path / "local", *RUN)
+    run_ranks(pretrain, 4, "--out", str(tmp_path / "local"), *TINY, *RUN)
     assert figures(out) == figures(tmp_path / "local")
