@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -105,11 +106,14 @@ def requeue(out: Path) -> int:
     told = [job for job in running if slurm.state(job.number) == "RUNNING"]
     for job in told:
         slurm.ask(["scancel", f"--signal={job.options.signal}", job.number])
-    queued = queue.submit(over, out / run_folder.SLURM) if over else []
+    alike = itertools.groupby(over, lambda job: (job.code, job.python, job.options))
+    queued = [job for _, group in alike for job in queue.submit(list(group), out / run_folder.SLURM)]
     for job in (*told, *queued):
         how = "saves, and goes back into the queue" if job in told else "is in the queue again"
         print(f"job {job.number} of {job.out} {how}")
     if not (told or queued):
+        if ending := next((job.number for job in running if slurm.state(job.number) == "COMPLETING"), None):
+            raise ConfigError(f"job {ending} of {out} is ending; give the same command again in a minute")
         raise ConfigError(f"{out} has nothing to put back: its job waits in the queue already, or all steps are done")
     return DONE
 
