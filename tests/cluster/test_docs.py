@@ -26,7 +26,7 @@ def commands() -> Iterator[str]:
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
-        for line in (part.strip() for each in (*lines, *inline) for part in each.split("&&")):
+        for line in (part.strip().removeprefix("$ ") for each in (*lines, *inline) for part in each.split("&&")):
             if line.startswith(STARTERS) and LAUNCHER.search(line) and "..." not in line:
                 yield line
 
