@@ -116,7 +116,7 @@ class Step:
 
     def __init__(self, srun: subprocess.Popen[bytes], words: Path) -> None:
         self._srun, self._words = srun, words
-        self._failed = float("inf")  # when srun had said that a task failed
+        self._until = float("inf")  # when srun, which has said that a task ended, is waited for no longer
         self._code: int | None = None  # of that task, where the others had to be ended
 
     def wait(self, timeout: float) -> int:
@@ -125,11 +125,12 @@ class Step:
             code = self._srun.wait(timeout)
             return code if self._code is None else self._code
         except subprocess.TimeoutExpired:
-            now, first = time.monotonic(), first_to_fail(self._words.read_text(errors="replace"))
-            if self._failed > now and first is not None:
-                self._failed = now
-            if now - self._failed > ALONE and first is not None:
-                self._end(first)
+            now, said = time.monotonic(), self._words.read_text(errors="replace")
+            failed, ended = first_to_fail(said), TASK.search(said)
+            if ended is not None:
+                self._until = min(self._until, now + (ALONE if failed else WAIT + ALONE))
+            if ended is not None and now > self._until:
+                self._end(failed or First(int(ended[1]), ended[2]))
             raise
 
     def _end(self, first: First) -> None:
