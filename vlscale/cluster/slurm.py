@@ -14,7 +14,7 @@ OVER = (  # PREEMPTED: and not put back
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
     *("BOOT_FAIL", "REVOKED"),
 )
-UNUSABLE = ("DOWN", "NOT_RESPONDING", "DRAIN", "FAIL", "POWERED_DOWN", "UNKNOWN")
+GONE = frozenset({"DOWN", "NOT_RESPONDING", "FAIL", "POWERED_DOWN", "UNKNOWN"})  # of the states of a node
 
 
 def is_here() -> bool:
@@ -80,10 +80,10 @@ def state(number: str) -> str:
     return states[-1] if states else ""
 
 
-def usable(node: str) -> bool:
-    """Whether Slurm would still give this node to a job."""
+def is_gone(node: str) -> bool:
+    """Whether Slurm knows that a node does not answer; False where it cannot be asked."""
     try:
         found = re.search(r"\bState=(\S+)", ask(["scontrol", "show", "node", node]))
     except ConfigError:
         return False
-    return found is not None and not any(word in found.group(1).split("+") for word in UNUSABLE)
+    return found is not None and not GONE.isdisjoint(re.split(r"[+*]", found.group(1)))

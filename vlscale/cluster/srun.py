@@ -23,6 +23,7 @@ WAIT = 60  # seconds for the others once a rank has ended; they leave by themsel
 ALONE = 20  # seconds for the others to notice that a rank has failed
 ANSWER = 30  # seconds for a node to start nothing
 NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
+PAUSES = (1, 5, 20, 60, 120)  # seconds between attempts to put a job back
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
 ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|CANCELLED AT")  # tasks, by others
@@ -62,8 +63,8 @@ class Allocation:
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """Those that Slurm would not give any more; if asked, those on which nothing starts."""
         with ThreadPoolExecutor(max_workers=64) as asking:
-            answers = list(asking.map(_answers if ask else slurm.usable, nodes))
-        return tuple(node for node, answer in zip(nodes, answers, strict=True) if not answer)
+            gone = list(asking.map(_is_silent if ask else slurm.is_gone, nodes))
+        return tuple(node for node, lost in zip(nodes, gone, strict=True) if lost)
 
     def tell(self, number: int) -> None:
         """Slurm tells the ranks itself."""
@@ -84,8 +85,16 @@ class Allocation:
     def requeue(self, lost: Sequence[str]) -> bool:
         """Into the queue; not before Slurm knows that the lost nodes are, or it would give them again."""
         until = time.monotonic() + NOTICE
-        while any(slurm.usable(node) for node in lost) and time.monotonic() < until:
+        while not all(slurm.is_gone(node) for node in lost) and time.monotonic() < until:
             time.sleep(2)
+        for pause in PAUSES:
+            try:
+                self._control("requeue", self._number)
+                return False
+            except subprocess.SubprocessError:  # the scheduler may be away for a while, or has put the job back itself
+                if slurm.job(self._number).get("JobState") == "PENDING":
+                    return False
+                time.sleep(pause)
         self._control("requeue", self._number)
         return False
 
@@ -172,15 +181,14 @@ def first_to_fail(said: str) -> First | None:
     return next(iter(causes or failed), None)
 
 
-def _answers(node: str) -> bool:
+def _is_silent(node: str) -> bool:
+    """Whether not even `true` starts there."""
     ask = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--mem=0", f"--nodelist={node}", "--quiet", "true"]
     try:
-        return (
-            subprocess.run(ask, timeout=ANSWER, capture_output=True, stdin=subprocess.DEVNULL, check=False).returncode
-            == 0
-        )
+        done = subprocess.run(ask, timeout=ANSWER, capture_output=True, stdin=subprocess.DEVNULL, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
+        return True
+    return done.returncode != 0
 
 
 def _free(port: int) -> int:
