@@ -10,7 +10,7 @@ import pytest
 
 from tests import runs
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_submit import events, follow, job_of, ranks, submit, tiny, until
+from tests.slurm.submitted import events, follow, job_of, ranks, submit, tiny, until
 
 pytestmark = pytest.mark.slow
 NODES = ["--nodes", "4", "--time", "60"]

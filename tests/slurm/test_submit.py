@@ -6,85 +6,17 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests import runs
+from tests.runs import ROOT
 from tests.slurm.cluster import Cluster
+from tests.slurm.submitted import events, follow, job_of, ranks, submit, tiny, until
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parent.parent.parent
 ISSUE = ["--ds_config", "ds_configs/zero2.json", "--recipe", "quickstart", "steps=40"]
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "slurm/submit.py", *words]
-
-
-def environment(slurm: Cluster) -> dict[str, str]:
-    kept = {name: value for name, value in runs.environment().items() if not name.startswith("SLURM")}
-    return {**kept, "SLURM_CONF": slurm.environment()["SLURM_CONF"]}
-
-
-def submit(slurm: Cluster, *words: str, code: int = 0, cwd: Path = ROOT) -> str:
-    """What `slurm/submit.py` printed to its end, which the test expects to have this exit code."""
-    done = subprocess.run(
-        command(*words),
-        cwd=cwd,
-        env=environment(slurm),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-
-def follow(slurm: Cluster, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*words),
-        cwd=ROOT,
-        env=environment(slurm),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def tiny(out: Path, *words: str) -> list[str]:
-    """What comes after the options of submit.py."""
-    return ["--", "--out", str(out), *runs.TINY, *words]
-
-
-def until(true: Callable[[], object], timeout: float = 120) -> None:
-    end = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def job_of(out: Path) -> str:
-    return str(json.loads((out / "slurm" / "job.json").read_text())["number"])
-
-
-def events(out: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / "slurm" / "starts.jsonl").read_text().splitlines()]
-
-
-def ranks(slurm: Cluster) -> list[psutil.Process]:
-    """The processes that train."""
-    return [each for each in slurm.processes() if each.name() == "python" and _trains(each.cmdline())]
-
-
-def _trains(words: Sequence[str]) -> bool:
-    return len(words) > 1 and words[1].endswith("launchers/pretrain.py")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
