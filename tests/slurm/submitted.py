@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -73,8 +73,11 @@ def events(out: Path) -> list[dict[str, object]]:
 
 def ranks(slurm: Cluster) -> list[psutil.Process]:
     """The processes that train."""
-    return [each for each in slurm.processes() if each.name() == "python" and _trains(each.cmdline())]
+    return [each for each in slurm.processes() if _trains(each)]
 
 
-def _trains(words: Sequence[str]) -> bool:
-    return len(words) > 1 and words[1].endswith("launchers/pretrain.py")
+def _trains(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "python" and process.cmdline()[1:2][0].endswith("launchers/pretrain.py")
+    except (psutil.Error, IndexError):  # it has just ended
+        return False

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from vlscale.cluster import records
 from vlscale.cluster.records import Job
 from vlscale.cluster.verdict import Ended, Left, Verdict, judge, meaning
-from vlscale.errors import STOPPED, TrainingError
+from vlscale.errors import STOPPED, ConfigError, TrainingError
 
 POLL = 0.2  # seconds
 LAST_LINES = 20  # of the rank that failed first
@@ -111,6 +111,9 @@ def run(job: Job, machines: Machines) -> int:
         return TrainingError.exit_code
     attempt, nodes = 0, machines.nodes()
     nodes = nodes[: job.fewer(len(nodes))] if shrinks else nodes
+    if not nodes:
+        conductor.say("Slurm has given fewer nodes than data.batch divides over: `slurm/submit.py requeue` asks anew")
+        return ConfigError.exit_code
     while True:
         code, verdict, lost, left = conductor.start(attempt, nodes)
         again = verdict.then == "again"
@@ -199,9 +202,9 @@ class _Conductor:
             return 128 - code if code < 0 else code
 
     def _headway(self, before: str, after: str) -> bool:
-        """Whether this start or the one before it made a checkpoint, as far as that can be seen."""
+        """Whether this start or the one before it made a checkpoint; taken for granted where they go to a store."""
         earlier = [line["checkpoint"] for line in records.starts(self._job.home) if line["event"] == "began"]
-        return not before or after != before or earlier[-2:].count(before) < 2
+        return after != before or earlier[-2:].count(before) < 2 or records.saves_elsewhere(Path(self._job.out))
 
     def _show(self, first: First, start: Start) -> None:
         """The last words of the rank that failed first."""

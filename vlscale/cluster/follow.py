@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlscale.cluster import records, slurm
 from vlscale.cluster.records import Job
-from vlscale.errors import STOPPED, TrainingError
+from vlscale.errors import DONE, STOPPED, ConfigError, TrainingError
 
 LOG = "log.txt"  # of the run folder
 PAUSE = 1.0  # seconds between two looks at the files
@@ -67,11 +67,14 @@ def follow(jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
 
 def _look(job: Job, seen: dict[str, str], codes: dict[str, int], say: Callable[[str], None]) -> None:
     """Say where a job has got to, and note its code once it is over."""
-    state, why = _state(job)
+    try:
+        state, why = _state(job)
+    except ConfigError:  # Slurm is away; the job is not
+        return
     if state != seen.get(job.number):
         seen[job.number] = state
-        say(f"job {job.number} ({Path(job.out).name}): {state}{why}")
-    if state in slurm.OVER:
+        say(f"job {job.number} ({Path(job.out).name}): {state or 'no longer known to Slurm'}{why}")
+    if not state or state in slurm.OVER:  # forgotten, or over
         codes[job.number] = code(job, state)
 
 
@@ -93,6 +96,6 @@ def code(job: Job, state: str) -> int:
         own = [line for line in lines if line.get("job") == job.number]
         if own and own[-1]["event"] == "ended":
             return int(own[-1]["code"])
-        if not own or time.monotonic() > until:
-            return STOPPED if state == "CANCELLED" else TrainingError.exit_code
+        if time.monotonic() > until:
+            return {"COMPLETED": DONE, "CANCELLED": STOPPED}.get(state, TrainingError.exit_code)
         time.sleep(PAUSE)

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vlscale import config
 from vlscale.cluster.options import JobOptions
 from vlscale.errors import ConfigError
-from vlscale.run_folder import SLURM
+from vlscale.run_folder import CONFIG, SLURM
 from vlscale.saving.targets import LATEST, write_atomically
 
 JOB, STARTS, LOGS = "job.json", "starts.jsonl", "logs"
@@ -101,6 +103,13 @@ def starts(home: Path) -> list[dict[str, Any]]:
             with suppress(ValueError):
                 lines.append(json.loads(line))
     return lines
+
+
+def saves_elsewhere(out: Path) -> bool:
+    """Whether a run that has begun writes its checkpoints to a store."""
+    with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return yaml.safe_load((out / CONFIG).read_text())["checkpoint"]["to"] is not None
+    return False
 
 
 def last_checkpoint(out: Path) -> str:

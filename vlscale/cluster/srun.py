@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ WAIT = 60  # seconds for the others once a rank has ended; they leave by themsel
 ALONE = 20  # seconds for the others to notice that a rank has failed
 ANSWER = 30  # seconds for a node to start nothing
 NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PAUSES = (1, 5, 20, 60, 120)  # seconds between attempts to put a job back
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
@@ -31,7 +33,7 @@ ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|
 
 def conduct(file: str) -> NoReturn:
     """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
-    job = records.read_job(Path(file).parent.parent)
+    job = replace(records.read_job(Path(file).parent.parent), number=submitit.JobEnvironment().job_id)
     sys.exit(conductor.run(job, Allocation(job)))
 
 
@@ -50,7 +52,7 @@ class Allocation:
     def begin(self, start: Start) -> Step:
         """One step of `srun` with a task per rank."""
         with (start.logs / WORDS).open("wb") as said:
-            words, environment = command(self._job, start), {**os.environ, **self._environment(start)}
+            words, environment = command(self._job, start), self._environment(start)
             srun = subprocess.Popen(  # in a session of its own: TERM to srun alone kills its tasks at once
                 words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
             )
@@ -110,9 +112,9 @@ class Allocation:
         )
 
     def _environment(self, start: Start) -> dict[str, str]:
-        """What the ranks are told beside what Slurm tells them."""
+        """What the ranks are told beside what Slurm tells them; nothing of what the submitting shell was a rank of."""
         options, job = self._job.options, int(self._number)
-        told = {"PYTHONUNBUFFERED": "1"}
+        told = {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"PYTHONUNBUFFERED": "1"}
         if len(start.nodes) * start.ranks_per_node > 1:  # one process alone needs no meeting place
             told["MASTER_PORT"] = str(_free(environment.port(job, start.attempt, self.restart)))
         if options.cpus_per_task and not options.gpus_per_node:
