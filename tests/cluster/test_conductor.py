@@ -148,6 +148,19 @@ def test_no_headway_ends_it(tmp_path: Path) -> None:
     assert "came no further than the start before it" in records.starts(tmp_path / "slurm")[-1]["why"]
 
 
+def test_two_starts_without_a_first_checkpoint_end_it_too(tmp_path: Path) -> None:
+    machines = Machines([75, 75, 75, 0], queue=False)
+    assert conductor.run(job(tmp_path), machines) == 75
+    assert verdicts(tmp_path) == ["requeue", "failed"]
+
+
+def test_checkpoints_in_a_store_are_taken_for_granted(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("checkpoint: {to: 's3://bucket/run'}\n")
+    machines = Machines([75, 75, 75, 0], queue=False)
+    assert conductor.run(job(tmp_path), machines) == 0
+    assert verdicts(tmp_path) == ["requeue", "requeue", "requeue", "done"]
+
+
 def test_what_slurm_ends_is_slurms_to_put_back(tmp_path: Path) -> None:
     machines = Machines([told(signal.SIGTERM, 75)])
     assert conductor.run(job(tmp_path, nodes=4), machines) == 75
