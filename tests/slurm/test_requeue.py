@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,20 +69,31 @@ def test_told_to_stop_in_every_way(slurm: Cluster, tmp_path: Path) -> None:
     assert not ranks(slurm)
 
 
+@pytest.fixture(scope="module")
+def often(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What four ranks that nobody disturbs log."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    runs.run_whole(4, out, *OFTEN)
+    return runs.figures(out)
+
+
 @pytest.mark.timeout(600)
-def test_a_lost_node_is_waited_for(slurm: Cluster, tmp_path: Path) -> None:
-    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    submit(slurm, "--local", "4", *tiny(undisturbed, *OFTEN))
+@pytest.mark.parametrize("node", ["node3", "node1"])  # the first has the batch script, the conductor and srun
+def test_a_lost_node_is_waited_for(slurm: Cluster, tmp_path: Path, often: list[dict[str, Any]], node: str) -> None:
+    out = tmp_path / "run"
     with follow(slurm, *NODES, "--follow", *tiny(out, *OFTEN)) as following:
         until(lambda: runs.last_step(out) >= 8, timeout=200)
-        slurm.kill_node("node3", notice=True)
+        slurm.kill_node(node, notice=True)
         until(lambda: slurm.job(job_of(out))["JobState"] == "PENDING", timeout=100)
         assert not ranks(slurm)
-        slurm.start_node("node3")
+        slurm.start_node(node)
         said = following.communicate(timeout=300)[0]
     assert following.returncode == 0, said
+    assert began(out) == 2, said
     assert ended(out)[-1] == (0, "done")
-    assert runs.figures(out) == runs.figures(undisturbed)
+    assert len(ended(out)) == (1 if node == "node1" else 2), said
+    assert runs.figures(out) == often
+    assert not ranks(slurm)
 
 
 @pytest.mark.timeout(600)
