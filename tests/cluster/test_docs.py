@@ -13,7 +13,7 @@ from launchers import pretrain
 from tests.cluster.jobs import load_submit
 from tests.runs import ROOT
 from vlscale import config, ds_config
-from vlscale.cluster import status, submission
+from vlscale.cluster import slurm, status, submission
 
 STARTERS = ("python", "deepspeed", "torchrun", "srun")
 LAUNCHER = re.compile(r"(?:launchers|slurm)/\w+\.py")
@@ -63,6 +63,28 @@ def test_of_submit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for variant in submission.sweep.variants(asked.sweep):
             config.load(asked.recipe, (*asked.overrides, *variant.overrides))
         ds_config.load(asked.ds_config)
+
+
+def dry_runs() -> list[str]:
+    """What is submitted there, with nothing queued; but for data that this machine has not."""
+    submitted = [line for line in COMMANDS if re.match(r"python slurm/submit\.py --(?!local)", line)]
+    submitted = [line for line in submitted if "/data/" not in line]
+    return [line if "--dry_run" in line else line.replace(" --", " --dry_run --", 1) for line in submitted]
+
+
+@pytest.mark.parametrize("line", [*dry_runs(), "python slurm/submit.py --nodes 4 --dry_run"])
+def test_of_submit_run(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is spelt, in the checkout, where there is no Slurm."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    before = sorted((ROOT / "runs").glob("*"))
+    assert load_submit().main(shlex.split(line, comments=True)[2:]) == 0
+    said = capsys.readouterr().out
+    for option, value in re.findall(r"--(nodes|partition) (\S+)", line):
+        assert f"#SBATCH --{option}={value}\n" in said
+    assert ("#SBATCH --array=0-3" in said) == ("--sweep" in line)
+    assert "\n# srun --nodes=" in said
+    assert sorted((ROOT / "runs").glob("*")) == before
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "launchers/" in line])
