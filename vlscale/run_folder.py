@@ -27,6 +27,7 @@ SLURM = "slurm"  # what a job of a cluster leaves: `vlscale.cluster`
 SNAPSHOT = "snapshot.json"  # beside a copy of the code: what it was
 LOCK = ".lock"
 PATIENCE = 20.0  # seconds for the end of a process that is being ended
+RETURNED = 180.0  # for a job that was put back: a file server keeps the lock of a node that died for a while
 STORES = ("data.cache", "data.cache_gigabytes", "data.store_patience", "data.store_timeout", "data.pipe")
 LOADING = ("data.workers", "data.bad_budget", "data.bad_always", *STORES)
 SAVING = tuple(f"checkpoint.{key}" for key in ("every", "keep", "keep_every", "failures", "background"))
@@ -89,7 +90,7 @@ def hold(out: Path) -> None:
     Raises:
         ConfigError: another process writes there.
     """
-    if holder := locks.hold(out / LOCK, PATIENCE):
+    if holder := locks.hold(out / LOCK, RETURNED if "SLURM_RESTART_COUNT" in os.environ else PATIENCE):
         raise ConfigError(
             f"--out {out} is written by {holder}; stop that one, or give another --out "
             f"(if it is gone with its machine: remove {out / LOCK})"

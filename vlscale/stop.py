@@ -113,8 +113,7 @@ class StopGuard:
             raise KeyboardInterrupt
 
     def _request(self, number: int) -> None:
-        launched = bool(self._launcher.watched) and number == signal.SIGTERM
-        self.request(signal.Signals(number).name, hurry=launched)
+        self.request(signal.Signals(number).name, hurry=self._launcher.kills and number == signal.SIGTERM)
 
     def _watch(self) -> None:
         with self._ear, self._mouth:
@@ -149,6 +148,7 @@ class Launcher:
         self._parent = os.getppid()
         self._told = False
         self._missing = ""
+        self.kills = False  # 30 s after it has passed on a TERM; Slurm does so in its own time, which we do not know
         self.watched: list[psutil.Process] = []
         self.siblings_of: psutil.Process | None = None
         try:
@@ -164,6 +164,7 @@ class Launcher:
             return
         step = kinds.index("step") if "step" in kinds else nearest  # of Slurm, around any other launcher
         self.watched = ancestors[: max(nearest, step) + 1]
+        self.kills = kinds[nearest] != "step"
         if kinds[nearest] == "launch":
             self._find_above(ancestors[nearest], ancestors[nearest + 1 :])
 

@@ -14,6 +14,7 @@ import pytest
 from tests.cluster.jobs import job
 from vlscale.cluster import conductor, records
 from vlscale.cluster.conductor import First, Start
+from vlscale.cluster.verdict import Ending
 
 NODES = ("node1", "node2", "node3", "node4")
 
@@ -36,6 +37,7 @@ class Machines:
     restart: int = 0
     gone: tuple[str, ...] = ()
     over: bool = False  # out of time
+    goes_on: bool = False  # whatever the conductor was told
     queue: bool = True  # else started again at once
     refuses: str = ""
     starts: list[Start] = field(default_factory=list)
@@ -66,8 +68,8 @@ class Machines:
     def tell(self, number: int) -> None:
         self.deeds.append(f"told {signal.Signals(number).name}")
 
-    def limit(self) -> bool:
-        return self.over
+    def ending(self) -> Ending:
+        return "limit" if self.over else "" if self.goes_on else "other"
 
     def keep(self, nodes: Sequence[str], queued: bool) -> None:
         self.deeds.append(f"keep {','.join(nodes)}{' in the queue' if queued else ''}")
@@ -171,6 +173,12 @@ def test_the_time_limit_puts_it_back_though_slurm_ends_it(tmp_path: Path) -> Non
     machines = Machines([told(signal.SIGTERM, 75)], over=True)
     conductor.run(job(tmp_path, nodes=4), machines)
     assert (machines.deeds, verdicts(tmp_path)) == (["told SIGTERM", "requeue"], ["requeue"])
+
+
+def test_a_signal_to_the_conductor_alone_is_not_slurms_end_of_the_job(tmp_path: Path) -> None:
+    machines = Machines([told(signal.SIGTERM, 75)], goes_on=True)
+    conductor.run(job(tmp_path, nodes=4), machines)
+    assert verdicts(tmp_path) == ["requeue"]
 
 
 def test_a_signal_to_save_is_no_end_of_the_job(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_folder_with_a_space(tmp_path: Path) -> None:
     home = tmp_path / "my run"
     script = queue.executor(home, home / "code", "/my python/bin/python", JobOptions()).script()
     assert f"#SBATCH --chdir='{home}/code'" in script
-    assert shlex.split(script.strip().splitlines()[-1])[0] == "/my python/bin/python"
+    assert shlex.split(script.strip().splitlines()[-1])[:2] == ["exec", "/my python/bin/python"]
     assert shlex.split(script.strip().splitlines()[-1])[-1] == str(home)
 
 

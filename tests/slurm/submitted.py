@@ -78,6 +78,6 @@ def ranks(slurm: Cluster) -> list[psutil.Process]:
 
 def _trains(process: psutil.Process) -> bool:
     try:
-        return process.name() == "python" and process.cmdline()[1:2][0].endswith("launchers/pretrain.py")
+        return process.name().startswith("python") and process.cmdline()[1:2][0].endswith("launchers/pretrain.py")
     except (psutil.Error, IndexError):  # it has just ended
         return False

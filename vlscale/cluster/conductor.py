@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,10 +20,11 @@ from typing import NamedTuple, Protocol
 
 from vlscale.cluster import records
 from vlscale.cluster.records import Job
-from vlscale.cluster.verdict import Ended, Left, Verdict, judge, meaning
+from vlscale.cluster.verdict import Ended, Ending, Left, Verdict, judge, meaning
 from vlscale.errors import STOPPED, ConfigError, TrainingError
 
-POLL = 0.2  # seconds
+POLL = 1.0  # seconds
+ALONE = 20.0  # seconds for the others to notice that a rank has failed
 LAST_LINES = 20  # of the rank that failed first
 
 
@@ -78,8 +80,8 @@ class Machines(Protocol):
         """The conductor was sent this signal."""
         ...
 
-    def limit(self) -> bool:
-        """Whether the job is being ended because its time is over."""
+    def ending(self) -> Ending:
+        """Whether the scheduler is ending the job, and why."""
         ...
 
     def keep(self, nodes: Sequence[str], queued: bool) -> None:
@@ -142,11 +144,11 @@ class Outcome(NamedTuple):
 class _Conductor:
     def __init__(self, job: Job, machines: Machines) -> None:
         self._job, self._machines = job, machines
-        self._told = False
+        self._signalled = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """A note for later; the ranks have their own signals."""
-        self._told = self._told or number in (signal.SIGTERM, signal.SIGINT)
+        self._signalled = self._signalled or number in (signal.SIGTERM, signal.SIGINT)
         self._machines.tell(number)
 
     def say(self, sentence: str) -> None:
@@ -177,10 +179,10 @@ class _Conductor:
         records.append(job.home, "began", {**values, "nodes": list(nodes), "checkpoint": before})
         self.say(f"start {began}: {len(nodes) * start.ranks_per_node} rank(s) on {', '.join(nodes)}")
         since = time.monotonic()
-        code = meaning(self._wait(machines.begin(start)))
-        lost = () if code in (0, STOPPED) and not self._told else machines.lost(nodes, ask=not self._told)
+        code, ending = self._wait(machines.begin(start))
+        lost = () if code in (0, STOPPED) and not ending else machines.lost(nodes, ask=not ending)
         after = records.last_checkpoint(Path(job.out))
-        ended = Ended(code, lost, self._told, self._told and machines.limit(), self._headway(before, after))
+        ended = Ended(code, lost, bool(ending), ending == "limit", self._headway(before, after))
         left = tuple(node for node in nodes if node not in lost)
         usable = left[: job.fewer(len(left))]
         verdict = judge(ended, Left(job.options.requeue - machines.restart, len(usable), job.options.on_node_loss))
@@ -193,17 +195,22 @@ class _Conductor:
         records.append(job.home, "ended", {**values, **outcome, **told})
         return Outcome(code, verdict, lost, usable)
 
-    def _wait(self, ranks: Running) -> int:
-        while True:
-            try:
-                code = ranks.wait(POLL)
-            except subprocess.TimeoutExpired:
-                continue
-            return 128 - code if code < 0 else code
+    def _wait(self, ranks: Running) -> tuple[int, Ending]:
+        """The exit code of the ranks, and whether it was the scheduler that ended them."""
+        ending: Ending = ""
+        code: int | None = None
+        while code is None:
+            with suppress(subprocess.TimeoutExpired):
+                code = meaning(exit_code(ranks.wait(POLL)))
+            if self._signalled and not ending:
+                ending = self._machines.ending()
+                self._signalled = bool(ending)  # else the job goes on: somebody has told us alone
+        return code, ending
 
     def _headway(self, before: str, after: str) -> bool:
         """Whether this start or the one before it made a checkpoint; taken for granted where they go to a store."""
-        earlier = [line["checkpoint"] for line in records.starts(self._job.home) if line["event"] == "began"]
+        lines = (line for line in records.starts(self._job.home) if line["event"] == "began")
+        earlier = [line["checkpoint"] for line in lines if line["job"] == self._job.number]
         return after != before or earlier[-2:].count(before) < 2 or records.saves_elsewhere(Path(self._job.out))
 
     def _show(self, first: First, start: Start) -> None:
@@ -218,6 +225,11 @@ def _said(error: Exception) -> str:
     """What a command has answered."""
     said = getattr(error, "stderr", None) or b""
     return " ".join((said.decode(errors="replace") if isinstance(said, bytes) else said).split()) or str(error)
+
+
+def exit_code(code: int) -> int:
+    """Of a child process, as a shell has it: 128 + the signal that ended it."""
+    return 128 - code if code < 0 else code
 
 
 def last_lines(path: Path, count: int = LAST_LINES) -> list[str]:

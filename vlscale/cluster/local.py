@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
 
-from vlscale.cluster.conductor import First, Start
+from vlscale.cluster.conductor import ALONE, First, Start, exit_code
+from vlscale.cluster.verdict import Ending
+from vlscale.errors import DONE, STOPPED
 
 
 class Here:
@@ -17,6 +20,7 @@ class Here:
     def __init__(self) -> None:
         self.restart = 0
         self._ranks: list[subprocess.Popen[bytes]] = []
+        self._until = float("inf")  # when the others are waited for no longer, one having failed
 
     def nodes(self) -> tuple[str, ...]:
         """This one."""
@@ -27,7 +31,7 @@ class Here:
         world = start.ranks_per_node
         shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "PYTHONUNBUFFERED": "1"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        self._ranks = []
+        self._ranks, self._until = [], float("inf")
         for rank in range(world):
             with (start.logs / f"rank_{rank:05d}.txt").open("wb") as said:
                 environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -39,11 +43,19 @@ class Here:
     def wait(self, timeout: float) -> int:
         """See `conductor.Running`."""
         until = time.monotonic() + timeout
-        return max(_code(rank.wait(max(0.01, until - time.monotonic()))) for rank in self._ranks)
+        try:
+            return max(exit_code(rank.wait(max(0.01, until - time.monotonic()))) for rank in self._ranks)
+        except subprocess.TimeoutExpired:
+            now, codes = time.monotonic(), [rank.poll() for rank in self._ranks]
+            if any(code not in (None, DONE, STOPPED) for code in codes):
+                self._until = min(self._until, now + ALONE)
+            if now > self._until:
+                self.tell(signal.SIGKILL)
+            raise
 
     def first(self, start: Start) -> First | None:
         """Which rank that was cannot be told; one that did not end for another's end."""
-        codes = [_code(rank.returncode) for rank in self._ranks]
+        codes = [exit_code(rank.returncode) for rank in self._ranks]
         failed = [First(rank, f"exit code {code}") for rank, code in enumerate(codes) if code not in (0, 75)]
         return next((each for each in failed if codes[each.rank] != 1), next(iter(failed), None))
 
@@ -60,18 +72,14 @@ class Here:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    def limit(self) -> bool:
-        """There is none."""
-        return False
+    def ending(self) -> Ending:
+        """Who signals us ends the run."""
+        return "other"
 
     def requeue(self, lost: Sequence[str]) -> bool:
         """At once, here."""
         self.restart += 1
         return True
-
-
-def _code(code: int) -> int:
-    return 128 - code if code < 0 else code
 
 
 def _free_port() -> int:

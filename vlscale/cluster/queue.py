@@ -44,7 +44,7 @@ class Executor(submitit.SlurmExecutor):
 
 def executor(home: Path, code: Path, python: str, options: JobOptions) -> Executor:
     """One that writes its files to `home`, and whose jobs run the code of the snapshot `code`."""
-    made = Executor(home, python=shlex.quote(python))
+    made = Executor(home, python=f"exec {shlex.quote(python)}")  # else Slurm's signals end with bash
     further: dict[str, Any] = {
         "signal": f"{options.signal}@{options.lead_seconds}",
         "chdir": str(code),  # where the job's Python finds vlscale, before the one that is installed
@@ -59,7 +59,7 @@ def executor(home: Path, code: Path, python: str, options: JobOptions) -> Execut
         **{name: getattr(options, name) for name in ("partition", "account", "qos", "constraint", "mem", "comment")},
         **{name: getattr(options, name) for name in ("nodelist", "exclude", "cpus_per_task", "nodes", "job_name")},
         "exclusive": options.exclusive or None,
-        "gpus_per_node": options.gpus_per_node or None,
+        "gpus_per_node": options.gpus,
         "ntasks_per_node": options.ranks_per_node,
         "time": options.minutes,
         "signal_delay_s": options.lead_seconds,

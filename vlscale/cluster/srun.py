@@ -10,22 +10,21 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import submitit
 
 from vlscale.cluster import conductor, environment, records, slurm
-from vlscale.cluster.conductor import First, Start
+from vlscale.cluster.conductor import ALONE, First, Start
 from vlscale.cluster.records import Job
+from vlscale.cluster.verdict import Ending
 
 WAIT = 60  # seconds for the others once a rank has ended; they leave by themselves, or hang
-ALONE = 20  # seconds for the others to notice that a rank has failed
 ANSWER = 30  # seconds for a node to start nothing
 NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PAUSES = (1, 5, 20, 60, 120)  # seconds between attempts to put a job back
+AWAY, PAUSE = 1800, 10  # seconds for Slurm's controller to come back, and between two questions
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
 ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|CANCELLED AT")  # tasks, by others
@@ -33,7 +32,8 @@ ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|
 
 def conduct(file: str) -> NoReturn:
     """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
-    job = replace(records.read_job(Path(file).parent.parent), number=submitit.JobEnvironment().job_id)
+    found = records.read_job(Path(file).parent.parent)
+    job = found.queued_as(submitit.JobEnvironment().job_id, found.log)  # we may be faster than who has queued us
     sys.exit(conductor.run(job, Allocation(job)))
 
 
@@ -42,7 +42,7 @@ class Allocation:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._number = os.environ["SLURM_JOB_ID"]
+        self._number = job.number  # 12_3 in an array, whose 12 would mean all its jobs
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def nodes(self) -> tuple[str, ...]:
@@ -60,21 +60,26 @@ class Allocation:
 
     def first(self, start: Start) -> First | None:
         """By what srun said of its tasks."""
-        return first_to_fail((start.logs / WORDS).read_text(errors="replace"))
+        return first_to_fail(_read(start.logs / WORDS))
 
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """Those that Slurm would not give any more; if asked, those on which nothing starts."""
         with ThreadPoolExecutor(max_workers=64) as asking:
+            until = time.monotonic() + AWAY
+            while ask and _is_silent(nodes[0]) and time.monotonic() < until:
+                time.sleep(PAUSE)  # that is this node, so Slurm is away, and nobody can be asked
             gone = list(asking.map(_is_silent if ask else slurm.is_gone, nodes))
         return tuple(node for node, lost in zip(nodes, gone, strict=True) if lost)
 
     def tell(self, number: int) -> None:
         """Slurm tells the ranks itself."""
 
-    def limit(self) -> bool:
+    def ending(self) -> Ending:
         """By what Slurm says of the job."""
         shown = slurm.job(self._number)
-        return "TimeLimit" in shown.get("Reason", "") or shown.get("JobState") == "TIMEOUT"
+        if "TimeLimit" in shown.get("Reason", "") or shown.get("JobState") == "TIMEOUT":
+            return "limit"
+        return "" if shown.get("JobState") == "RUNNING" else "other"
 
     def keep(self, nodes: Sequence[str], queued: bool) -> None:
         """See `conductor.Machines`. Slurm lets a user make a job smaller while it runs, and while it waits."""
@@ -89,15 +94,15 @@ class Allocation:
         until = time.monotonic() + NOTICE
         while not all(slurm.is_gone(node) for node in lost) and time.monotonic() < until:
             time.sleep(2)
-        for pause in PAUSES:
+        until = time.monotonic() + AWAY
+        while self.ending() != "other" or not slurm.job(self._number):  # else it was cancelled, or is put back already
             try:
                 self._control("requeue", self._number)
                 return False
-            except subprocess.SubprocessError:  # the scheduler may be away for a while, or has put the job back itself
-                if slurm.job(self._number).get("JobState") == "PENDING":
-                    return False
-                time.sleep(pause)
-        self._control("requeue", self._number)
+            except subprocess.SubprocessError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(PAUSE)
         return False
 
     def _control(self, *words: str) -> None:
@@ -113,7 +118,7 @@ class Allocation:
 
     def _environment(self, start: Start) -> dict[str, str]:
         """What the ranks are told beside what Slurm tells them; nothing of what the submitting shell was a rank of."""
-        options, job = self._job.options, int(self._number)
+        options, job = self._job.options, int(os.environ["SLURM_JOB_ID"])
         told = {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"PYTHONUNBUFFERED": "1"}
         if len(start.nodes) * start.ranks_per_node > 1:  # one process alone needs no meeting place
             told["MASTER_PORT"] = str(_free(environment.port(job, start.attempt, self.restart)))
@@ -136,7 +141,7 @@ class Step:
             code = self._srun.wait(timeout)
             return code if self._code is None else self._code
         except subprocess.TimeoutExpired:
-            now, said = time.monotonic(), self._words.read_text(errors="replace")
+            now, said = time.monotonic(), _read(self._words)
             failed, ended = first_to_fail(said), TASK.search(said)
             if ended is not None:
                 self._until = min(self._until, now + (ALONE if failed else WAIT + ALONE))
@@ -181,6 +186,14 @@ def first_to_fail(said: str) -> First | None:
     failed = [each for each in found if not each.said.endswith("exit code 75")]
     causes = [each for each in failed if not each.said.endswith("exit code 1")]
     return next(iter(causes or failed), None)
+
+
+def _read(path: Path) -> str:
+    """A text, or nothing where a shared file system has a moment of its own."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_silent(node: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 from vlscale.errors import DONE, STOPPED, CheckpointError, ConfigError, DataError
 
 Then = Literal["done", "failed", "stopped", "requeue", "again"]
+Ending = Literal["", "limit", "other"]  # why the scheduler ends a job; empty = it does not
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to stop
 UNHEARD = tuple(128 + number for number in ASKED)  # codes of ranks that were asked before they listened
 HOPELESS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)  # nothing another node would mend
