@@ -10,7 +10,7 @@ import pytest
 
 from tests.runs import ROOT, environment
 from vlscale import cores, distributed
-from vlscale.cluster.environment import FIRST_PORT, PORTS, first_node, of_task, port
+from vlscale.cluster.environment import FIRST_PORT, PORTS, first_node, for_sbatch, of_task, port
 from vlscale.errors import ConfigError
 
 TASK = {  # the third of seven
@@ -144,3 +144,12 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"port {number} of 127.0.0.1, where the ranks were to meet, is taken"):
             distributed.init()
+
+
+def test_a_job_is_submitted_from_no_other() -> None:
+    given = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "cores"}
+    given |= {"RANK": "0", "MASTER_ADDR": "login", "SBATCH_PARTITION": "cpu", "SBATCH_ACCOUNT": "mine"}
+    kept = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"}
+    assert for_sbatch(given, ["partition"]) == kept
+    outside = {"SLURM_CPU_BIND": "cores"}  # of a login shell: meant
+    assert for_sbatch(outside, []) == outside

@@ -6,12 +6,29 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from vlscale.errors import ConfigError
 
 FIRST_PORT, PORTS = 15_000, 15_000  # below those that Linux gives to whoever asks for any (from 32768)
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_A_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
 GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # set by Slurm for each task
+
+
+def for_sbatch(given: Mapping[str, str], asked: Collection[str]) -> dict[str, str]:
+    """An environment to submit from: nothing of a job that this shell is in, nor what would go over what is `asked`.
+
+    `asked` has names of sbatch's options as its variables have them, SBATCH_PARTITION for --partition.
+    """
+    inside = "SLURM_JOB_ID" in given
+    return {
+        name: value
+        for name, value in given.items()
+        if not (inside and name.startswith("SLURM_") and name not in OF_A_SITE)
+        and name not in OF_A_RANK
+        and name not in {f"SBATCH_{each.upper()}" for each in asked}
+    }
 
 
 def adopt() -> None:

@@ -23,7 +23,6 @@ from vlscale.cluster.verdict import Ending
 WAIT = 60  # seconds for the others once a rank has ended; they leave by themselves, or hang
 ANSWER = 30  # seconds for a node to start nothing
 NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeout is 300 by default
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AWAY, PAUSE = 1800, 10  # seconds for Slurm's controller to come back, and between two questions
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
@@ -52,9 +51,9 @@ class Allocation:
     def begin(self, start: Start) -> Step:
         """One step of `srun` with a task per rank."""
         with (start.logs / WORDS).open("wb") as said:
-            words, environment = command(self._job, start), self._environment(start)
+            words, told = command(self._job, start), self._environment(start)
             srun = subprocess.Popen(  # in a session of its own: TERM to srun alone kills its tasks at once
-                words, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+                words, env=told, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
             )
         return Step(srun, start.logs / WORDS)
 
@@ -119,7 +118,9 @@ class Allocation:
     def _environment(self, start: Start) -> dict[str, str]:
         """What the ranks are told beside what Slurm tells them; nothing of what the submitting shell was a rank of."""
         options, job = self._job.options, int(os.environ["SLURM_JOB_ID"])
-        told = {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"PYTHONUNBUFFERED": "1"}
+        told = {name: value for name, value in os.environ.items() if name not in environment.OF_A_RANK} | {
+            "PYTHONUNBUFFERED": "1"
+        }
         if len(start.nodes) * start.ranks_per_node > 1:  # one process alone needs no meeting place
             told["MASTER_PORT"] = str(_free(environment.port(job, start.attempt, self.restart)))
         if options.cpus_per_task and not options.gpus_per_node:
