@@ -11,7 +11,11 @@ from vlscale.errors import ConfigError
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 TASK_SIGNALS = ("USR1", "USR2", "TERM")
 LEAD = 120  # seconds, where the job is long enough for it
-OURS = ("array", "chdir", "error", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output")  # sbatch's
+OURS = ("array", "chdir", "error", "no-requeue", "open-mode", "output")  # sbatch's
+ELSEWHERE = {  # sbatch's, and which of our options says it
+    r"(gpus|gpus-per-task|gpus-per-socket)(=.*)?|gres=.*\bgpu\b.*": "gpus_per_node",
+    r"(n?tasks|ntasks-per-\w+)(=.*)?": "tasks_per_node",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class JobOptions:
 
     nodes: int = 1
     gpus_per_node: int = 0  # 0: ranks on CPUs
+    gpu_type: str | None = None  # the TYPE of --gpus_per_node TYPE:N
     tasks_per_node: int | None = None  # ranks; None = one per GPU, or one per node without GPUs
     cpus_per_task: int | None = None  # cores of a rank
     mem: str | None = None  # per node, as Slurm writes it: 200G
@@ -59,6 +64,13 @@ class JobOptions:
     def ranks(self) -> int:
         """Processes in all."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def gpus(self) -> str | None:
+        """Those of a node, as Slurm takes them: 4, or a100:4."""
+        if not self.gpus_per_node:
+            return None
+        return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else str(self.gpus_per_node)
 
     @property
     def minutes(self) -> int:
@@ -114,6 +126,8 @@ def check(options: JobOptions) -> None:
         key, option = word.split("=")[0], word.split("=")[0].replace("-", "_")
         if option in (each.name for each in fields(JobOptions)):
             raise ConfigError(f"--sbatch {word}: slurm/submit.py has an option {option} of its own; write that one")
+        if ours := next((name for pattern, name in ELSEWHERE.items() if re.fullmatch(pattern, word)), None):
+            raise ConfigError(f"--sbatch {word}: slurm/submit.py has an option {ours} of its own; write --{ours}")
         if key in OURS:
             raise ConfigError(f"--sbatch {word}: slurm/submit.py sets {key} itself; leave it out")
     for name in options.environment:

@@ -22,13 +22,26 @@ def resolve(given: Mapping[str, Any], profile: str | None, folder: Path) -> JobO
     """
     options = JobOptions()
     if profile is not None:
-        options = config.build(JobOptions, _read(find_profile(profile, folder)), f"--cluster {profile}")
-    asked: JobOptions = config.build(JobOptions, given, "job")
+        options = config.build(JobOptions, _typed(_read(find_profile(profile, folder))), f"--cluster {profile}")
+    given = _typed(given)
+    try:
+        asked: JobOptions = config.build(JobOptions, given, "job")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("job.", "--", 1)) from None
     values = {name: getattr(asked, name) for name in given}
     joined = {name: getattr(options, name) + value for name, value in values.items() if isinstance(value, tuple)}
     options = replace(options, **{**values, **joined})
     check(options)
     return options
+
+
+def _typed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With the type of GPUs apart from their number: `a100:4` is four of type a100, and `4` are any."""
+    text = tree.get("gpus_per_node")
+    if text is None:
+        return dict(tree)
+    kind, _, number = str(text).rpartition(":")
+    return {**tree, "gpus_per_node": number, "gpu_type": kind or None}
 
 
 def find_profile(profile: str, folder: Path) -> Path:
