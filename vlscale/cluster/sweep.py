@@ -12,6 +12,7 @@ from typing import Any
 from vlscale.errors import ConfigError
 from vlscale.saving.targets import write_atomically
 
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 SWEEP = "sweep.json"  # in the folder that holds the runs' folders
 
 
@@ -27,7 +28,7 @@ def variants(words: Sequence[str]) -> list[Variant]:
     """All combinations of `KEY=V1,V2` words, the last word's values changing fastest.
 
     Raises:
-        ConfigError: a word is not of that form, or a key stands twice.
+        ConfigError: a word is not of that form, a key stands twice, or two runs would have one folder.
     """
     axes: list[list[str]] = []
     keys: list[str] = []
@@ -42,7 +43,20 @@ def variants(words: Sequence[str]) -> list[Variant]:
             raise ConfigError(f"--sweep {word} gives a value twice")
         keys.append(key)
         axes.append([f"{key}={value}" for value in values])
-    return [Variant(",".join(each).replace("/", "_").replace(" ", ""), each) for each in itertools.product(*axes)]
+    found: dict[str, Variant] = {}
+    for each in itertools.product(*axes):
+        name = ",".join(each).replace("/", "_").replace(" ", "")
+        if name in found:
+            both = f"{' '.join(found[name].overrides)} and {' '.join(each)}"
+            raise ConfigError(f"--sweep: {both} would have one folder, {name}; write values that differ in more")
+        if len(name.encode()) > LONGEST:
+            key = max(each, key=len).partition("=")[0]
+            raise ConfigError(
+                f"--sweep {key}: the name of a run's folder would be {len(name.encode())} bytes long, {LONGEST} are "
+                f"allowed; write shorter values, or a recipe for each"
+            )
+        found[name] = Variant(name, each)
+    return list(found.values())
 
 
 def split(text: str) -> list[str]:
