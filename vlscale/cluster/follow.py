@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlscale.cluster import records, slurm
+from vlscale.cluster.conductor import LAST_LINES, last_lines
 from vlscale.cluster.records import Job
 from vlscale.errors import DONE, STOPPED, ConfigError, TrainingError
 
@@ -42,9 +43,15 @@ class Tail:
         return whole.decode(errors="replace").splitlines() if end else []
 
 
-def follow(jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
-    """Wait for all jobs to end, and show how they do: the greatest exit code. One job alone also says what it says."""
+def follow(jobs: Sequence[Job], say: Callable[[str], None] = print, so_far: bool = False) -> int:
+    """Wait for all jobs to end, and show how they do: the greatest exit code.
+
+    One job alone also says what it says from now on, and `so_far` what it said last; of several, those that fail do.
+    """
     tails = [Tail(Path(jobs[0].out) / LOG), Tail(Path(jobs[0].log))] if len(jobs) == 1 else []
+    for tail in tails if so_far else ():
+        for line in last_lines(tail.path, LAST_LINES):
+            say(line)
     seen: dict[str, str] = {}
     codes: dict[str, int] = {}
     asked = 0.0
@@ -57,6 +64,8 @@ def follow(jobs: Sequence[Job], say: Callable[[str], None] = print) -> int:
             for job in jobs:
                 if job.number not in codes:
                     _look(job, seen, codes, say)
+                    if len(jobs) > 1 and codes.get(job.number):
+                        say("\n".join(f"    {line}" for line in last_lines(Path(job.log))))
             asked = time.monotonic()
         time.sleep(PAUSE)
     for tail in tails:

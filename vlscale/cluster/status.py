@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from vlscale import run_folder
-from vlscale.cluster import queue, records, slurm, sweep
+from vlscale.cluster import follow, queue, records, slurm, sweep
 from vlscale.cluster.conductor import last_lines
 from vlscale.cluster.records import Job
 from vlscale.errors import DONE, ConfigError
 
 METRICS = "metrics.jsonl"
+INTERRUPTED = 130  # as a shell shows Ctrl-C
 FIGURES = ("i2t_r1", "t2i_r1", "accuracy")  # last parts of the names of evaluations that a table shows
 
 
@@ -38,8 +39,8 @@ def state(job: Job) -> str:
     last = lines[-1] if lines else {}
     if known and known not in slurm.OVER:
         return known
-    if last.get("event") == "ended":
-        return {"done": "done", "failed": "failed", "stopped": "stopped"}.get(str(last["then"]), str(last["then"]))
+    if last.get("event") == "ended" and (last["then"] != "requeue" or not known) and last.get("job") == job.number:
+        return str(last["then"])
     return known or ("unknown" if lines else "never started")
 
 
@@ -81,16 +82,46 @@ def status(out: Path) -> int:
 
 def logs(out: Path, rank: int | None, lines: int) -> int:
     """Print the end of the job's log, or of what a rank printed in its newest start; of a sweep, of each run."""
-    for job in jobs_of(out):
-        path = log_of(job, rank)
+    jobs = jobs_of(out)
+    for job in jobs:
+        try:
+            path = log_of(job, rank)
+        except ConfigError as error:
+            if len(jobs) == 1:
+                raise
+            print(f"==> {error}")
+            continue
         print(f"==> {path}")
         print("\n".join(last_lines(path, lines)))
     return DONE
 
 
+def watch(out: Path) -> int:
+    """Follow the jobs of a run folder, or of a sweep's, to their end; returns the exit code."""
+    jobs = jobs_of(out)
+    slurm.need()
+    if never := next((job for job in jobs if not job.number), None):
+        raise ConfigError(f"{never.out} has no job on Slurm that could be followed; `logs` shows what it said")
+    return follow_to_end(out, jobs, so_far=True)
+
+
+def follow_to_end(out: Path, jobs: Sequence[Job], so_far: bool = False) -> int:
+    """`follow.follow`, with a table at the end of several; Ctrl-C ends the watching alone, with 130."""
+    try:
+        code = follow.follow(jobs, so_far=so_far)
+    except KeyboardInterrupt:
+        print(f"\nnot followed any more, and goes on; again: `slurm/submit.py follow {near(out)}`")
+        return INTERRUPTED
+    if len(jobs) > 1:
+        print(table(jobs_of(out)))
+    return code
+
+
 def cancel(out: Path) -> int:
     """End the jobs that are in the queue; their ranks save first."""
-    jobs = [job for job in jobs_of(out) if _in_queue(job)]
+    jobs = jobs_of(out)
+    slurm.need()
+    jobs = [job for job in jobs if _in_queue(job)]
     if not jobs:
         raise ConfigError(f"{out} has no job in the queue")
     slurm.ask(["scancel", *(job.number for job in jobs)])
@@ -101,9 +132,12 @@ def cancel(out: Path) -> int:
 def requeue(out: Path) -> int:
     """Queue again what has ended before its last step; let what runs save and go back into the queue."""
     jobs = jobs_of(out)
+    slurm.need()
     running = [job for job in jobs if _in_queue(job)]
     over = [job for job in jobs if job not in running and not _done(job)]
     told = [job for job in running if slurm.state(job.number) == "RUNNING"]
+    spent = [job for job in told if int(slurm.job(job.number).get("Restarts", "0")) >= job.options.requeue]
+    told = [job for job in told if job not in spent]
     for job in told:
         slurm.ask(["scancel", f"--signal={job.options.signal}", job.number])
     alike = itertools.groupby(over, lambda job: (job.code, job.python, job.options))
@@ -111,6 +145,14 @@ def requeue(out: Path) -> int:
     for job in (*told, *queued):
         how = "saves, and goes back into the queue" if job in told else "is in the queue again"
         print(f"job {job.number} of {job.out} {how}")
+    for job in spent:
+        said = (
+            f"job {job.number} of {job.out} was put back as often as --requeue {job.options.requeue} allows, and runs "
+            f"on; `cancel` lets it save and end, and `requeue` then queues it again"
+        )
+        if not (told or queued):
+            raise ConfigError(said)
+        print(said)
     if not (told or queued):
         if ending := next((job.number for job in running if slurm.state(job.number) == "COMPLETING"), None):
             raise ConfigError(f"job {ending} of {out} is ending; give the same command again in a minute")
@@ -146,16 +188,21 @@ def _steps(out: Path) -> int:
 
 
 def log_of(job: Job, rank: int | None) -> Path:
-    """The file of what the job, or one of its ranks in its newest start, has printed.
+    """The file of what the job, or one of its ranks in its newest start, has printed; a run here has ranks alone.
 
     Raises:
         ConfigError: there is none yet.
     """
-    if rank is None:
+    if rank is None and job.log:
         path = Path(job.log)
     else:
         began = [line["start"] for line in records.starts(job.home) if line["event"] == "began"]
-        path = job.home / records.LOGS / (began[-1] if began else "") / f"rank_{rank:05d}.txt"
+        path = job.home / records.LOGS / (began[-1] if began else "") / f"rank_{rank or 0:05d}.txt"
     if not path.is_file():
         raise ConfigError(f"{path} is not there: the job has not started yet, or has no such rank")
     return path
+
+
+def near(folder: Path) -> Path:
+    """As one would type it from here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
