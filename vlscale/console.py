@@ -37,10 +37,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         ConfigError: an unknown option or a word that is no override.
     """
     options = [option for action in parser._actions for option in action.option_strings]
+    hidden = [option for each in parser._actions if each.help == argparse.SUPPRESS for option in each.option_strings]
     if not {"-h", "--help"} & set(argv):  # before the parser misses a required option that is only misspelt
-        _check_options([word for word in argv if word.startswith("--") and word != "--"], options)
+        _check_options([word for word in argv if word.startswith("--") and word != "--"], options, hidden)
     arguments, rest = parser.parse_known_args(argv)
-    _check_options([word for word in rest if word.startswith("-")], options)
+    _check_options([word for word in rest if word.startswith("-")], options, hidden)
     for word in rest:
         if "=" not in word:
             raise ConfigError(f"'{word}' is not an override; write key.path=value, e.g. data.batch=64")
@@ -48,10 +49,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return arguments
 
 
-def _check_options(words: Iterable[str], options: Sequence[str]) -> None:
+def _check_options(words: Iterable[str], options: Sequence[str], hidden: Sequence[str]) -> None:
     for name in (word.split("=")[0] for word in words):
         if name not in options:
-            raise ConfigError(f"no option {name}{did_you_mean(name, options)}")
+            raise ConfigError(f"no option {name}{did_you_mean(name, set(options) - set(hidden))}")
 
 
 def no_overrides(arguments: argparse.Namespace) -> None:

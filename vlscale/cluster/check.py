@@ -12,8 +12,8 @@ from vlscale.errors import ConfigError
 from vlscale.options import InitConfig
 
 
-def check(request: Request, ranks: int, gpus: bool | None) -> tuple[int, int]:
-    """Configuration, data, run folder and model of a run on so many ranks: its batch and micro-batch.
+def check(request: Request, ranks: int, gpus: bool | None) -> tuple[int, int, tuple[str, ...]]:
+    """Configuration, data, run folder and model of a run on so many ranks: its batch, micro-batch and warnings.
 
     `gpus`: whether the ranks will have them; None = as this machine has.
 
@@ -23,7 +23,7 @@ def check(request: Request, ranks: int, gpus: bool | None) -> tuple[int, int]:
     setting = build.setup(request, Elsewhere(ranks, torch.cuda.is_available() if gpus is None else gpus))
     with torch.device("meta"):
         build.build_model(replace(request.run, init=InitConfig()))
-    return request.run.data.batch, int(setting.ds["train_micro_batch_size_per_gpu"])
+    return request.run.data.batch, int(setting.ds["train_micro_batch_size_per_gpu"]), setting.warnings
 
 
 def check_fewer(request: Request) -> None:

@@ -54,10 +54,14 @@ def take(checkout: Path, into: Path) -> Path:
 
 def keep(path: str, into: Path) -> str:
     """A copy of a file that the command line names."""
-    content = Path(path).read_bytes()
-    folder = into / GIVEN / hashlib.sha256(content).hexdigest()[:HASH]
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(shutil.copy(path, folder / Path(path).name))
+    place = Path(place_of(path, into))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return str(shutil.copy(path, place))
+
+
+def place_of(path: str, into: Path) -> str:
+    """Where `keep` puts it."""
+    return str(into / GIVEN / hashlib.sha256(Path(path).read_bytes()).hexdigest()[:HASH] / Path(path).name)
 
 
 def _files(checkout: Path) -> Iterator[str]:

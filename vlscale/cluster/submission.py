@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Checked:
     out: Path
     batch: int
     micro_batch: int
+    warnings: tuple[str, ...]
 
 
 def submit(asked: Asked) -> int:
@@ -60,9 +62,9 @@ def submit(asked: Asked) -> int:
     runs = [config.load(asked.recipe, (*asked.overrides, *variant.overrides)) for variant in variants]  # typos first
     if asked.local and asked.sweep:
         raise ConfigError("--local runs one run at a time; leave out --sweep")
-    if not (asked.local or asked.dry_run):
-        slurm.check(asked.options.partition, asked.options.nodes)
+    note = "" if asked.local else _check_slurm(asked)
     root = Path(asked.out or run_folder.default_name(runs[0].recipe)).absolute()
+    _check_writable(root)
     if asked.sweep and (root / run_folder.CONFIG).exists():
         raise ConfigError(f"--out {asked.out} holds a run; give a sweep a folder of its own")
     checked = [_checked(asked, each, root / each.name) for each in variants]
@@ -71,14 +73,15 @@ def submit(asked: Asked) -> int:
         return DONE
     options = replace(asked.options, job_name=asked.options.job_name or runs[0].recipe)
     home = root / run_folder.SLURM
+    if not asked.local:
+        for said in dict.fromkeys(said for each in waiting for said in each.warnings):
+            print(f"warning: {said}", file=sys.stderr)
     if asked.dry_run:
-        _show(asked, options, waiting, home)
+        _show(asked, options, waiting, home, note)
         return DONE
     fresh = [path for path in (root, home, *(each.out for each in waiting)) if not path.exists()]
     try:
         home.mkdir(parents=True, exist_ok=True)
-        if asked.sweep:
-            sweep.write(root, variants)
         jobs = _jobs(asked, options, waiting, snapshot.take(asked.checkout, home), home)
         queued = [] if asked.local else queue.submit(jobs, home)
     except (OSError, ConfigError) as error:
@@ -89,19 +92,56 @@ def submit(asked: Asked) -> int:
         raise
     if asked.local:
         return _run_here(jobs[0])
+    print(_summary(options, waiting[0]))
     for job in queued:
-        print(f"job {job.number}: {job.out} (`slurm/submit.py status|logs|cancel|requeue {_near(root)}`)")
-    if not asked.follow:
-        return DONE
+        print(f"job {job.number}: {job.out} (`slurm/submit.py status|logs|follow|cancel|requeue {status.near(root)}`)")
     sys.stdout.flush()
-    try:
-        code = follow.follow(queued)
-    except KeyboardInterrupt:
-        print(f"\nnot followed any more; the job goes on: `slurm/submit.py status {_near(root)}`")
-        return DONE
     if asked.sweep:
-        print(status.table(status.jobs_of(root)))
-    return code
+        _keep_sweep(root, variants)
+    return status.follow_to_end(root, queued) if asked.follow else DONE
+
+
+def _check_slurm(asked: Asked) -> str:
+    """What Slurm has; a dry run asks it where it is, and can do without: why it had to."""
+    options = asked.options
+    try:
+        if not asked.dry_run:
+            slurm.need(", or give --local N to run here, or --dry_run to see the script")
+        if slurm.is_here():
+            slurm.check(options.partition, options.nodes)
+            if not options.gpus_per_node and slurm.has_gpus(options.partition):
+                where = f"partition {options.partition}" if options.partition else "the default partition"
+                said = f"{where} has GPUs, and without --gpus_per_node N the ranks train on CPUs, one per node"
+                print(f"warning: {said}", file=sys.stderr)
+    except slurm.SlurmError as error:
+        if not asked.dry_run:
+            raise
+        return f"# not checked with Slurm: {error}\n"
+    return ""
+
+
+def _check_writable(out: Path) -> None:
+    """ConfigError unless a folder can be made there."""
+    parent = next(each for each in (out, *out.parents) if os.path.exists(each))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ConfigError(f"--out {out}: {parent} is no folder that can be written; give another one")
+
+
+def _keep_sweep(root: Path, variants: Sequence[Variant]) -> None:
+    try:
+        sweep.write(root, variants)
+    except OSError as error:
+        raise ConfigError(f"the jobs are queued, but {root / sweep.SWEEP} cannot be written ({error})") from None
+
+
+def _summary(options: JobOptions, run: Checked) -> str:
+    """How the batch is cut."""
+    gpus = f", {options.gpus} GPU(s) each" if options.gpus else ""
+    times = run.batch // (options.ranks * run.micro_batch)
+    return (
+        f"{options.ranks} rank(s) on {options.nodes} node(s){gpus}: a batch of {run.batch} = {options.ranks} rank(s) x "
+        f"{times} micro-batch(es) of {run.micro_batch}"
+    )
 
 
 def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
@@ -116,15 +156,22 @@ def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     request = Request(run, asked.ds_config, out, asked.resume)
     if asked.options.on_node_loss == "shrink":
         check_fewer(request)
-    batch, micro_batch = check(request, asked.options.ranks, None if asked.local else asked.options.gpus_per_node > 0)
-    return Checked(variant, out, batch, micro_batch)
+    checked = check(request, asked.options.ranks, None if asked.local else asked.options.gpus_per_node > 0)
+    return Checked(variant, out, *checked)
 
 
-def _jobs(asked: Asked, options: JobOptions, runs: Sequence[Checked], code: Path, home: Path) -> list[Job]:
+def _jobs(
+    asked: Asked,
+    options: JobOptions,
+    runs: Sequence[Checked],
+    code: Path,
+    home: Path,
+    keep: Callable[[str, Path], str] = snapshot.keep,
+) -> list[Job]:
     """Jobs that need nothing more of the checkout, or of the files that the command line names."""
     recipe = asked.recipe if config.find_recipe(asked.recipe).parent == config.RECIPES else ""
-    recipe = recipe or snapshot.keep(asked.recipe, home)
-    ds_config = snapshot.keep(asked.ds_config, home)
+    recipe = recipe or keep(asked.recipe, home)
+    ds_config = keep(asked.ds_config, home)
     resume = asked.resume
     if resume not in ("auto", "never") and Path(resume).exists():
         resume = str(Path(resume).absolute())
@@ -147,16 +194,21 @@ def _jobs(asked: Asked, options: JobOptions, runs: Sequence[Checked], code: Path
     return [job(run) for run in runs]
 
 
-def _show(asked: Asked, options: JobOptions, runs: Sequence[Checked], home: Path) -> None:
-    """The script, and what it starts on each node."""
+def _show(asked: Asked, options: JobOptions, runs: Sequence[Checked], home: Path, note: str) -> None:
+    """The script, and what it starts on each node; or what would be started here."""
     code = snapshot.folder_of(asked.checkout, home)
+    job = _jobs(asked, options, runs, code, home, snapshot.place_of)[0]
+    if asked.local:
+        print(f"# here, {_summary(options, runs[0])}; each:\n{shlex.join(job.command())}")
+        return
     print(queue.executor(home, code, sys.executable, options).script(len(runs)))
-    first = runs[0]
-    words: tuple[str, ...] = ("--recipe", asked.recipe, "--ds_config", asked.ds_config, "--out", str(first.out))
-    words = (*words, "--resume", asked.resume, *asked.overrides, *first.variant.overrides)
-    job = Job(str(first.out), str(code), str(Path.cwd()), sys.executable, words, options, first.batch, 1)
-    start = conductor.Start(("NODES",) * options.nodes, options.ranks_per_node, 0, home / records.LOGS, job.command())
-    print(f"# which starts, on its first node (NODES: those that Slurm gives):\n# {shlex.join(command(job, start))}")
+    number = "NUMBER_INDEX" if len(runs) > 1 else "NUMBER"
+    nodes = ("NODES",) * options.nodes
+    start = conductor.Start(nodes, options.ranks_per_node, 0, job.home / records.LOGS / f"{number}_0_0", job.command())
+    words = shlex.join(command(job, start)).replace(",".join(nodes), "NODES")
+    print(
+        f"{note}# {_summary(options, runs[0])}\n# which starts, on its first node (NODES, NUMBER: Slurm's):\n# {words}"
+    )
 
 
 def _run_here(job: Job) -> int:
@@ -179,8 +231,3 @@ def _run_here(job: Job) -> int:
         showing.join()
         for line in tail.lines():
             print(line, flush=True)
-
-
-def _near(folder: Path) -> Path:
-    """As one would type it from here."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
