@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from vlscale import run_folder
-from vlscale.cluster import records, slurm
+from vlscale.cluster import environment, records, slurm
 from vlscale.cluster.options import JobOptions
 from vlscale.cluster.records import Job
 from vlscale.cluster.srun import conduct
@@ -62,7 +63,6 @@ def executor(home: Path, code: Path, python: str, options: JobOptions) -> Execut
         "gpus_per_node": options.gpus,
         "ntasks_per_node": options.ranks_per_node,
         "time": options.minutes,
-        "signal_delay_s": options.lead_seconds,
         "setup": setup_lines(options),
         "stderr_to_stdout": True,
         "use_srun": False,
@@ -97,7 +97,7 @@ def submit(jobs: Sequence[Job], home: Path) -> list[Job]:
             job.write()
         made = executor(home, Path(first.code), first.python, first.options)
         files = [str(job.home / records.JOB) for job in jobs]
-        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's refusal, which is told below
+        with _own_environment(made.script()), contextlib.redirect_stderr(io.StringIO()):  # a refusal is told below
             queued = made.map_array(conduct, files) if len(files) > 1 else [made.submit(conduct, files[0])]
     except (FailedJobError, FailedSubmissionError) as error:
         for job, earlier in zip(jobs, before, strict=True):
@@ -109,6 +109,21 @@ def submit(jobs: Sequence[Job], home: Path) -> list[Job]:
     except OSError as error:
         raise ConfigError(f"--out {first.out} cannot be written ({error}); give another one") from None
     return [job.queued_as(each.job_id, str(each.paths.stdout)) for job, each in zip(jobs, queued, strict=True)]
+
+
+@contextlib.contextmanager
+def _own_environment(script: str) -> Iterator[None]:
+    """While sbatch is called: variables go over what stands in its script, and a job's own go into the next job."""
+    asked = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
+    names = ["timelimit" if each == "time" else each.replace("-", "_") for each in asked]
+    before = dict(os.environ)
+    kept = environment.for_sbatch(before, names)
+    try:
+        for name in set(before) - set(kept):
+            del os.environ[name]
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def check_free(out: Path) -> None:
