@@ -149,10 +149,10 @@ def _commit(code: Path) -> dict[str, Any]:
 def git(folder: Path, *arguments: str) -> str | None:
     """What git says, or None where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()
 
 
 def _may_change(key: str) -> bool:

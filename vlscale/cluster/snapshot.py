@@ -12,7 +12,7 @@ from vlscale.errors import ConfigError
 from vlscale.run_folder import SNAPSHOT, git
 from vlscale.saving.targets import write_atomically
 
-PARTS = ("vlscale", "launchers", "ds_configs", "slurm", "pyproject.toml", "constraints.txt")
+PARTS = ("vlscale", "launchers", "ds_configs", "pyproject.toml", "constraints.txt")
 GIVEN = "given"
 HASH = 12  # hexadecimal digits of a folder's name
 
