@@ -18,7 +18,7 @@ import pytest
 from tests.distributed.spawn import free_port
 from tests.hosts import ADDRESSES, Hosts, missing
 from tests.runs import ROOT, TINY, figures, last_step, run_whole
-from vlscale.errors import DONE
+from vlscale.errors import DONE, STOPPED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # minutes on a busy machine
 
@@ -89,13 +89,15 @@ def one(hosts: Hosts, *words: str) -> psutil.Process:
 def test_deepspeed_stopped_in_every_way_and_resumed(
     hosts: Hosts, tmp_path: Path, expected: list[dict[str, Any]]
 ) -> None:
-    """Over pdsh. The command exits with 1 after a signal, and DeepSpeed's code of a lost host is pdsh's, 255."""
+    """Over pdsh. The command exits with 1 after a signal, with pdsh's code for a lost host, 0 if pdsh is killed."""
     out = tmp_path / "run"
     for target, number, code in [
         ("runner", signal.SIGTERM, 1),
         ("runner", signal.SIGKILL, -signal.SIGKILL),
         ("group", signal.SIGINT, 1),  # Ctrl-C
         ("launch", signal.SIGKILL, 255),
+        ("pdsh", signal.SIGKILL, 0),
+        ("ssh", signal.SIGKILL, STOPPED),
     ]:
         before = last_step(out)
         with deepspeed(hosts, out) as process:
@@ -104,8 +106,10 @@ def test_deepspeed_stopped_in_every_way_and_resumed(
                 os.killpg(process.pid, number)
             elif target == "runner":
                 process.send_signal(number)
-            else:
+            elif target == "launch":
                 one(hosts, "deepspeed.launcher.launch", "--node_rank=1").kill()
+            else:
+                next(each for each in hosts.processes() if each.name().startswith(target)).kill()
             assert process.wait(timeout=GONE) == code
             hosts.wait_until_gone(GONE)
         assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{last_step(out):08}"
