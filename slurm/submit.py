@@ -120,7 +120,7 @@ def parse_run(argv: list[str]) -> argparse.Namespace:
     except ConfigError:
         from vlscale import config
 
-        known = config.flat(config.load("quickstart", ()))
+        known = set(config.flat(config.load("quickstart", ()))) - {word[2:] for word in pretrain.OF_A_RUN}
         for word, then in itertools.pairwise([*argv, "..."]):
             name, _, value = word.removeprefix("--").partition("=")
             if word.startswith("--") and name in known:

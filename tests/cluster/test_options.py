@@ -78,6 +78,11 @@ def test_ranks_are_one_per_gpu_or_one_per_node() -> None:
         ({"sbatch": ("a b=c",)}, "--sbatch a b=c: write KEY=VALUE"),
         ({"sbatch": ("nodes=9",)}, "--sbatch nodes=9: slurm/submit.py has an option nodes of its own; write that one"),
         ({"sbatch": ("gpus-per-node=1",)}, "an option gpus_per_node of its own"),
+        ({"sbatch": ("gpus=8",)}, "--sbatch gpus=8: slurm/submit.py has an option gpus_per_node of its own"),
+        ({"sbatch": ("gpus-per-task=1",)}, "write --gpus_per_node"),
+        ({"sbatch": ("gres=shard:1,gpu:a100:4",)}, "write --gpus_per_node"),
+        ({"sbatch": ("ntasks=8",)}, "write --tasks_per_node"),
+        ({"sbatch": ("ntasks-per-node=8",)}, "write --tasks_per_node"),
         ({"sbatch": ("output=x",)}, "--sbatch output=x: slurm/submit.py sets output itself; leave it out"),
         ({"environment": {"A-B": "1"}}, "environment: 'A-B' is no name of an environment variable"),
     ],
@@ -98,6 +103,20 @@ def test_a_profile_is_read_as_it_is_written(profiles: Path) -> None:
     assert (options.comment, options.qos) == (None, None)
     assert options.modules == ("cuda/12.4",)
     assert options.environment == {"NCCL_DEBUG": "WARN", "DEEP": "010", "YES": "true"}
+
+
+def test_gpus_of_a_type(tmp_path: Path) -> None:
+    from vlscale.cluster import queue
+
+    (tmp_path / "typed.yaml").write_text("gpus_per_node: a100:4\nsbatch: gres=craynetwork:0\n")
+    of_profile = resolve({}, "typed", tmp_path)
+    assert (of_profile.gpus_per_node, of_profile.gpus, of_profile.ranks) == (4, "a100:4", 4)
+    assert "#SBATCH --gpus-per-node=a100:4\n" in queue.executor(tmp_path, tmp_path, "python", of_profile).script()
+    assert resolve({"gpus_per_node": "8"}, "typed", tmp_path).gpus == "8"  # of any type
+    assert resolve({"gpus_per_node": "h100:2"}, "typed", tmp_path).gpus == "h100:2"
+    assert resolve({}, None, tmp_path).gpus is None
+    with pytest.raises(ConfigError, match="--gpus_per_node: should be a valid integer"):
+        resolve({"gpus_per_node": "4:a100"}, None, tmp_path)
 
 
 def test_the_command_line_goes_over_a_profile_and_lists_are_joined(profiles: Path) -> None:
@@ -188,6 +207,8 @@ def test_values_with_brackets_and_slashes() -> None:
         (["seed="], "write KEY=VALUE,VALUE"),
         (["seed=1", "seed=2"], "--sweep gives seed twice; write all its values in one word"),
         (["seed=1,2,1"], "--sweep seed=1,2,1 gives a value twice"),
+        (["data.train=a/b,a_b"], "data.train=a/b and data.train=a_b would have one folder, data.train=a_b"),
+        (["seed=1", f"data.train=b,{'a' * 190}"], "--sweep data.train: the name of a run's folder would be 208 bytes"),
     ],
 )
 def test_mistakes_in_a_sweep(words: list[str], says: str) -> None:

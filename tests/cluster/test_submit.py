@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,7 +20,7 @@ import yaml
 from tests.cluster.jobs import load_submit
 from tests.runs import ROOT, TINY, environment, figures, last_step, run_whole
 from vlscale import config
-from vlscale.cluster import records
+from vlscale.cluster import queue, records, slurm, snapshot, sweep
 from vlscale.errors import ConfigError
 
 RUN = ("--ds_config", "ds_configs/zero2.json", "--recipe", "quickstart", *TINY)
@@ -64,6 +67,18 @@ def submit(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Com
         ("--signal HUP --", "signal: should be 'USR1', 'USR2' or 'TERM' (got 'HUP')"),
         ("--cluster nowhere --", "--cluster nowhere: no such profile"),
         ("--cluster ./nowhere.yaml --", "--cluster ./nowhere.yaml: no such file"),
+        ("stauts runs/mine", "no command stauts; did you mean 'status'?"),
+        ("--sbatch --hold --", "write --sbatch hold"),
+        ("--srun --mpi=none --", "write --srun=--mpi=none"),
+        ("-N 4 -p gpu --", "-N is sbatch's; write --nodes 4"),
+        ("--nodes 2 -pgpu --", "-p is sbatch's; write --partition gpu"),
+        ("--signal SIGUSR1 --", "--signal: should be 'USR1', 'USR2' or 'TERM' (got 'SIGUSR1')"),
+        ("--sbatch gres=gpu:4 --", "write --gpus_per_node"),
+        ("--parallel 2 --", "--parallel is for the runs of a --sweep; leave it out"),
+        ("-- --steps 40", "steps is an override; write steps=40"),
+        ("-- --recipe quickstart --data.batch=64", "write data.batch=64"),
+        ("--local 2 --partition gpu --", "--local 2 starts so many ranks here; leave out --partition"),
+        ("--local 2 --exclusive --", "leave out --exclusive"),
         ("--local 0 --", "--local should be at least 1 (got 0)"),
         ("--local 2 --nodes 2 --", "--local 2 starts so many ranks here; leave out --nodes"),
         ("--local 2 --cluster gpu --", "leave out --cluster"),
@@ -87,6 +102,29 @@ def test_mistakes_in_words(arguments: str, says: str, tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_what_launchers_add_is_not_listed() -> None:
+    with pytest.raises(ConfigError, match="no option --xyz; there is --account, ") as raised:
+        load_submit().parse(["--xyz"])
+    assert "--local_rank" not in str(raised.value)
+    assert load_submit().parse(["--local_rank=0"]).local_rank == 0
+
+
+def test_all_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_submit().parse(["--help"])
+    text = capsys.readouterr().out
+    lines = text[text.index("\noptions:") :].splitlines()
+    for line, after in itertools.pairwise(lines):
+        if line.startswith("  --"):
+            assert "  " in line.strip() or after.startswith(" " * 8), line
+    assert "--on_node_loss replace|shrink|end" in text
+    assert "modules, environment, setup, container and python" in text
+
+
+def test_axes_of_a_sweep_may_be_given_apart() -> None:
+    assert load_submit().parse(["--sweep", "a=1,2", "b=1", "--sweep", "c=3"]).sweep == ["a=1,2", "b=1", "c=3"]
+
+
 def test_a_mistake_is_one_line_and_2(no_slurm: dict[str, str], tmp_path: Path) -> None:
     done = submit("--nodes", "2", "--", *RUN, "--out", str(tmp_path / "run"), env=no_slurm)
     assert done.returncode == 2
@@ -108,8 +146,79 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(no_slurm: dict[str, str], t
         assert f"#SBATCH --{line}" in lines
     assert lines[-1].startswith("# srun --nodes=4 --ntasks=4 ")
     assert lines[-1].endswith(" steps=4 optim.lr=1e-4")
+    assert "# 4 rank(s) on 4 node(s): a batch of 8 = 4 rank(s) x 1 micro-batch(es) of 2" in lines
     assert not out.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tools"]
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_a_dry_run_shows_the_words_of_the_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are those of job.json, which a run here writes."""
+    out, recipe = tmp_path / "run", tmp_path / "mine.yaml"
+    shutil.copy(ROOT / "vlscale" / "recipes" / "quickstart.yaml", recipe)
+    run = ["--", *TINY, "--recipe", str(recipe), "--out", str(out), "steps=4"]
+    main = load_submit().main
+    assert main(["--nodes", "2", "--on_node_loss", "shrink", "--dry_run", *run]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert f"--output={out}/slurm/logs/NUMBER_0_0/rank_%5t.txt" in words
+    assert words[-1] == "data.micro_batch=4"
+    assert main(["--local", "2", "--dry_run", *run]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("# here, 2 rank(s) on 1 node(s): a batch of 8 = 2 rank(s) x 1")
+    here = shlex.split(said[1])
+    assert words[-len(here) - 1 : -1] == here
+    given = here[here.index("--recipe") + 1]
+    assert Path(given).parent.parent == out / "slurm" / "given"
+    assert given == snapshot.keep(str(recipe), out / "slurm")
+
+
+def test_a_dry_run_asks_slurm_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"--format=%P %F": "normal* 4/0/0/4\n", "--format=%P %G": "normal* gpu:a100:4\n"}
+    monkeypatch.setattr(slurm, "is_here", lambda: True)
+    monkeypatch.setattr(slurm, "ask", lambda words: next(answers[word] for word in words if word in answers))
+    main, run = load_submit().main, ["--dry_run", "--", *RUN, "--out", str(tmp_path / "run")]
+    with pytest.raises(ConfigError, match="did you mean 'normal'"):
+        main(["--partition", "nromal", *run])
+    with pytest.raises(ConfigError, match="--nodes 8: partition normal has 4"):
+        main(["--nodes", "8", *run])
+    assert main(run) == 0
+    told = capsys.readouterr()
+    assert told.err == (
+        "warning: the default partition has GPUs, and without --gpus_per_node N the ranks train on CPUs, one per node\n"
+    )
+    answers.clear()  # and can do without
+    monkeypatch.setattr(slurm, "ask", refuse)
+    assert main(["--gpus_per_node", "1", *run]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "# not checked with Slurm: sinfo failed: away" in told.out
+
+
+def refuse(words: Sequence[str]) -> str:
+    raise slurm.SlurmError(f"{words[0]} failed: away")
+
+
+def test_a_sweep_is_kept_once_it_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a refused one would be a sweep of runs that are not there."""
+    out = tmp_path / "sweep"
+    out.mkdir()
+    monkeypatch.setattr(slurm, "need", lambda otherwise="": None)
+    monkeypatch.setattr(slurm, "is_here", lambda: False)
+    monkeypatch.setattr(snapshot, "take", snapshot.folder_of)
+
+    def refused(jobs: Sequence[records.Job], home: Path) -> list[records.Job]:
+        raise ConfigError("sbatch refuses the job: no")
+
+    words = ["--sweep", "seed=1,2", "--", *RUN, "--out", str(out)]
+    monkeypatch.setattr(queue, "submit", refused)
+    with pytest.raises(ConfigError, match="sbatch refuses the job"):
+        load_submit().main(words)
+    assert not list(out.iterdir())
+    monkeypatch.setattr(queue, "submit", lambda jobs, home: [each.queued_as("7", "log") for each in jobs])
+    assert load_submit().main(words) == 0
+    assert [each.name for each in sweep.read(out)] == ["seed=1", "seed=2"]
 
 
 @pytest.mark.usefixtures("no_slurm")
@@ -138,6 +247,9 @@ def test_a_folder_is_left_to_its_run(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_slurm")
 def test_an_out_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that can be written; give another one"):
+        load_submit().main(["--dry_run", "--", *RUN, "--out", str(tmp_path / "file" / "run")])
     with pytest.raises(ConfigError, match="/proc/self/run") as raised:
         load_submit().main(["--local", "2", "--", *RUN, "--out", "/proc/self/run"])
     assert "\n" not in str(raised.value)
