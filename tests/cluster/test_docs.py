@@ -54,7 +54,7 @@ def test_they_are_found() -> None:
 def test_of_submit(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[submission.Asked] = []
     monkeypatch.setattr(submission, "submit", lambda asked: seen.append(asked) or 0)
-    for name in ("status", "logs", "cancel", "requeue"):
+    for name in ("status", "logs", "watch", "cancel", "requeue"):
         monkeypatch.setattr(status, name, lambda *_: 0)
     words = shlex.split(line, comments=True)
     assert words[:2] == ["python", "slurm/submit.py"]
