@@ -167,6 +167,8 @@ def test_a_dry_run_shows_the_words_of_the_ranks(tmp_path: Path, capsys: pytest.C
     assert said[0].startswith("# here, 2 rank(s) on 1 node(s): a batch of 8 = 2 rank(s) x 1")
     here = shlex.split(said[1])
     assert words[-len(here) - 1 : -1] == here
+    assert main(["--local", "2", "--dry_run", *run, "data.batching=cost", "data.tokens=4096"]) == 0
+    assert "a batch of 8, in micro-batches of up to 4096 tokens" in capsys.readouterr().out
     given = here[here.index("--recipe") + 1]
     assert Path(given).parent.parent == out / "slurm" / "given"
     assert given == snapshot.keep(str(recipe), out / "slurm")

@@ -50,6 +50,7 @@ class Checked:
     batch: int
     micro_batch: int
     warnings: tuple[str, ...]
+    tokens: int | None  # data.tokens, by which the ranks find their micro-batches
 
 
 def submit(asked: Asked) -> int:
@@ -137,11 +138,11 @@ def _keep_sweep(root: Path, variants: Sequence[Variant]) -> None:
 def _summary(options: JobOptions, run: Checked) -> str:
     """How the batch is cut."""
     gpus = f", {options.gpus} GPU(s) each" if options.gpus else ""
+    batch = f"{options.ranks} rank(s) on {options.nodes} node(s){gpus}: a batch of {run.batch}"
+    if run.tokens is not None:
+        return f"{batch}, in micro-batches of up to {run.tokens} tokens"
     times = run.batch // (options.ranks * run.micro_batch)
-    return (
-        f"{options.ranks} rank(s) on {options.nodes} node(s){gpus}: a batch of {run.batch} = {options.ranks} rank(s) x "
-        f"{times} micro-batch(es) of {run.micro_batch}"
-    )
+    return f"{batch} = {options.ranks} rank(s) x {times} micro-batch(es) of {run.micro_batch}"
 
 
 def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
@@ -157,7 +158,7 @@ def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     if asked.options.on_node_loss == "shrink":
         check_fewer(request)
     checked = check(request, asked.options.ranks, None if asked.local else asked.options.gpus_per_node > 0)
-    return Checked(variant, out, *checked)
+    return Checked(variant, out, *checked, run.data.tokens)
 
 
 def _jobs(
