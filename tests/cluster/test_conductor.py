@@ -74,6 +74,9 @@ class Machines:
     def keep(self, nodes: Sequence[str], queued: bool) -> None:
         self.deeds.append(f"keep {','.join(nodes)}{' in the queue' if queued else ''}")
 
+    def give_up(self) -> None:
+        self.deeds.append("give up")
+
     def requeue(self, lost: Sequence[str]) -> bool:
         if self.refuses:
             raise subprocess.CalledProcessError(1, "scontrol", stderr=self.refuses.encode())
@@ -228,7 +231,7 @@ def test_a_lost_node_is_the_end_where_that_was_asked_for(tmp_path: Path) -> None
     run = job(tmp_path, nodes=4, on_node_loss="end")
     machines = Machines([137], gone=("node3",))
     assert conductor.run(run, machines) == 137
-    assert (machines.deeds, verdicts(tmp_path)) == ([], ["failed"])
+    assert (machines.deeds, verdicts(tmp_path)) == (["give up"], ["failed"])
     put_back = Machines([], restart=1)  # by Slurm, which did not ask
     assert conductor.run(run, put_back) == 4
     assert put_back.starts == []

@@ -91,6 +91,10 @@ class Machines(Protocol):
         """
         ...
 
+    def give_up(self) -> None:
+        """Take the job out of the queue, into which Slurm has put it back. As `keep`."""
+        ...
+
     def requeue(self, lost: Sequence[str]) -> bool:
         """Put the job back into the queue, without these nodes; True = there is no queue: start again at once.
 
@@ -122,6 +126,8 @@ def run(job: Job, machines: Machines) -> int:
         try:
             if again or (shrinks and lost and verdict.then == "stopped"):
                 machines.keep(left, queued=not again)
+            if verdict.then == "failed" and lost:
+                machines.give_up()
             if verdict.then == "requeue":
                 again = machines.requeue(lost)
         except (OSError, subprocess.SubprocessError) as error:

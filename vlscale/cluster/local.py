@@ -66,6 +66,9 @@ class Here:
     def keep(self, nodes: Sequence[str], queued: bool) -> None:
         """There is but one."""
 
+    def give_up(self) -> None:
+        """There is no queue."""
+
     def tell(self, number: int) -> None:
         """Pass it on to the ranks."""
         for rank in self._ranks:

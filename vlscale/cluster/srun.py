@@ -88,6 +88,11 @@ class Allocation:
         )
         self._control("update", f"JobId={self._number}", *fewer)
 
+    def give_up(self) -> None:
+        """See `conductor.Machines`; nothing to do where Slurm has not noticed the loss yet: the job just ends."""
+        if self.ending():
+            subprocess.run(["scancel", self._number], check=True, timeout=60, capture_output=True)
+
     def requeue(self, lost: Sequence[str]) -> bool:
         """Into the queue; not before Slurm knows that the lost nodes are, or it would give them again."""
         until = time.monotonic() + NOTICE
