@@ -224,6 +224,20 @@ def test_a_sweep_is_kept_once_it_is_queued(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("no_slurm")
+def test_a_run_that_may_shrink_keeps_its_micro_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, main = tmp_path / "run", load_submit().main
+    out.mkdir()
+    words = ["--nodes", "2", "--on_node_loss", "shrink", "--dry_run", "--", *RUN, "--out", str(out)]
+    began = config.dump(config.load("quickstart", [*TINY, "data.micro_batch=2"]))
+    (out / "config.yaml").write_text(yaml.safe_dump(began))
+    assert main(words) == 0
+    assert "data.micro_batch=2" in capsys.readouterr().out
+    (out / "config.yaml").write_text(yaml.safe_dump(config.dump(config.load("quickstart", TINY))))
+    assert main(words) == 0  # it began without: its micro-batches grow
+    assert "data.micro_batch" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_slurm")
 def test_what_the_run_cannot_be_is_found_before_anything_is_queued(tmp_path: Path) -> None:
     out = tmp_path / "run"
     main, run = load_submit().main, [*RUN, "--out", str(out)]

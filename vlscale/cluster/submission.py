@@ -14,7 +14,7 @@ from pathlib import Path
 from vlscale import config, run_folder
 from vlscale.build import Request
 from vlscale.cluster import conductor, follow, queue, records, slurm, snapshot, status, sweep
-from vlscale.cluster.check import check, check_fewer
+from vlscale.cluster.check import check, kept_micro_batch
 from vlscale.cluster.local import Here
 from vlscale.cluster.options import JobOptions
 from vlscale.cluster.records import Job
@@ -122,7 +122,9 @@ def _check_slurm(asked: Asked) -> str:
 
 
 def _check_writable(out: Path) -> None:
-    """ConfigError unless a folder can be made there."""
+    """ConfigError unless a folder can be made there, of a name that Slurm takes as it is."""
+    if "%" in str(out):
+        raise ConfigError(f"--out {out}: Slurm reads % in the names of files as its own; give another one")
     parent = next(each for each in (out, *out.parents) if os.path.exists(each))
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise ConfigError(f"--out {out}: {parent} is no folder that can be written; give another one")
@@ -148,6 +150,11 @@ def _summary(options: JobOptions, run: Checked) -> str:
 def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
     """None if there is nothing left to do for it."""
     run = config.load(asked.recipe, (*asked.overrides, *variant.overrides))
+    if asked.options.on_node_loss == "shrink" and not asked.local:
+        request = Request(run, asked.ds_config, out, asked.resume)
+        if (kept := kept_micro_batch(request, asked.options.ranks)) is not None:
+            variant = replace(variant, overrides=(*variant.overrides, f"data.micro_batch={kept}"))
+            run = config.load(asked.recipe, (*asked.overrides, *variant.overrides))
     if not asked.dry_run:
         queue.check_free(out)
     done = begin.done(out, run.checkpoint.to, config.dump(run), asked.resume, run.steps)
@@ -155,8 +162,6 @@ def _checked(asked: Asked, variant: Variant, out: Path) -> Checked | None:
         print(done)
         return None
     request = Request(run, asked.ds_config, out, asked.resume)
-    if asked.options.on_node_loss == "shrink":
-        check_fewer(request)
     checked = check(request, asked.options.ranks, None if asked.local else asked.options.gpus_per_node > 0)
     return Checked(variant, out, *checked, run.data.tokens)
 
@@ -178,15 +183,13 @@ def _jobs(
         resume = str(Path(resume).absolute())
 
     def job(run: Checked) -> Job:
-        kept = options.on_node_loss == "shrink" and not asked.local
-        cut = (f"data.micro_batch={run.micro_batch}",) if kept else ()
         words = ("--recipe", recipe, "--ds_config", ds_config, "--out", str(run.out), "--resume", resume)
         return Job(
             out=str(run.out),
             code=str(code),
             folder=str(Path.cwd()),
             python=sys.executable,
-            arguments=(*words, *asked.overrides, *run.variant.overrides, *cut),
+            arguments=(*words, *asked.overrides, *run.variant.overrides),
             options=options,
             batch=run.batch,
             micro_batch=run.micro_batch,
