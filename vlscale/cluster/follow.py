@@ -60,7 +60,7 @@ def follow(jobs: Sequence[Job], say: Callable[[str], None] = print, so_far: bool
             for line in tail.lines():
                 say(line)
         sys.stdout.flush()
-        if time.monotonic() - asked >= ASK:
+        if time.monotonic() - asked >= max(ASK, len(jobs) - len(codes)):  # one question a second is enough for Slurm
             for job in jobs:
                 if job.number not in codes:
                     _look(job, seen, codes, say)

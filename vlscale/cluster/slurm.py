@@ -40,7 +40,8 @@ def check(partition: str | None, nodes: int) -> None:
         ConfigError: they cannot; SlurmError if Slurm cannot be asked.
     """
     listed = [
-        line.split() for line in ask(["sinfo", "--all", "--summarize", "--noheader", "--format=%P %F"]).splitlines()
+        line.split()
+        for line in ask(["sinfo", "--all", "--summarize", "--noheader", "--noconvert", "--format=%P %F"]).splitlines()
     ]
     sizes = {name.rstrip("*"): int(counts.split("/")[-1]) for name, counts in listed}  # allocated/idle/other/all
     asked = partition.split(",") if partition else [name.rstrip("*") for name, _ in listed if name.endswith("*")]
