@@ -31,8 +31,9 @@ ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|
 
 def conduct(file: str) -> NoReturn:
     """The whole life of a job on Slurm, by its `job.json`; ends this process with the run's exit code."""
-    found = records.read_job(Path(file).parent.parent)
-    job = found.queued_as(submitit.JobEnvironment().job_id, found.log)  # we may be faster than who has queued us
+    here = submitit.JobEnvironment()
+    job = records.read_job(Path(file).parent.parent)
+    job = job.queued_as(here.job_id, str(here.paths.stdout))  # we may be faster than who has queued us
     sys.exit(conductor.run(job, Allocation(job)))
 
 
