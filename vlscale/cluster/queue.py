@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +108,7 @@ def submit(jobs: Sequence[Job], home: Path) -> list[Job]:
         raise ConfigError(f"sbatch refuses the job: {'; '.join(said) or ' '.join(str(error).split())}") from None
     except OSError as error:
         raise ConfigError(f"--out {first.out} cannot be written ({error}); give another one") from None
-    return [_noted(job, each.job_id, str(each.paths.stdout)) for job, each in zip(jobs, queued, strict=True)]
-
-
-def _noted(job: Job, number: str, log: str) -> Job:
-    """With how it is called, kept if that can be; else the job itself keeps it when it starts."""
-    try:
-        return job.queued_as(number, log)
-    except OSError:
-        return replace(job, number=number, log=log)
+    return [job.queued_as(each.job_id, str(each.paths.stdout)) for job, each in zip(jobs, queued, strict=True)]
 
 
 @contextlib.contextmanager

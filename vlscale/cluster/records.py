@@ -64,9 +64,10 @@ class Job:
         write_atomically(self.home / JOB, json.dumps(asdict(self), indent=2) + "\n")
 
     def queued_as(self, number: str, log: str) -> Job:
-        """The same with its number and log file, kept."""
+        """The same with its number and log file, kept; a disk that does not take them is not worth a run."""
         queued = replace(self, number=number, log=log)
-        queued.write()
+        with suppress(OSError):
+            queued.write()
         return queued
 
 
