@@ -9,7 +9,6 @@ from typing import Literal
 from vlscale.errors import ConfigError
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-TASK_SIGNALS = ("USR1", "USR2", "TERM")
 LEAD = 120  # seconds, where the job is long enough for it
 OURS = ("array", "chdir", "error", "no-requeue", "open-mode", "output")  # sbatch's
 ELSEWHERE = {  # sbatch's, and which of our options says it
