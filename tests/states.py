@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -74,3 +75,25 @@ def equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
             tensor = pieces.over_ranks(tensor).expand_as(other)
         assert other.dtype == tensor.dtype, name
         assert torch.equal(other, tensor), name
+
+
+def unlike(folder: Path, other: Path) -> list[str]:
+    """In what two checkpoints differ: tensors by name, bit by bit, and the small state."""
+    one, two = Reader(folder), Reader(other)
+    if one.names() != two.names():
+        return [f"other tensors: {sorted(set(one.names()) ^ set(two.names()))[:4]}"]
+    odd = [name for name in two.names() if not _same(one.whole(name), two.whole(name))]
+    found = [f"{len(odd)} of {len(two.names())} tensors differ, {', '.join(odd[:4])}"] if odd else []
+    small = [json.loads((each / "state.json").read_text()) for each in (folder, other)]
+    for each in small:
+        each.pop("writing", None)  # seconds
+    keys = [key for key in {**small[0], **small[1]} if small[0].get(key) != small[1].get(key)]
+    return found + ([f"state.json differs in {', '.join(keys)}"] if keys else [])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    )

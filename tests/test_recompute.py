@@ -3,16 +3,14 @@ several times in a step."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import albef_batch, albef_model
-from vlscale import ds_config
 from vlscale.engine import DeepSpeedEngine, deepspeed_recompute
 from vlscale.errors import ConfigError
 from vlscale.model import PretrainModel
@@ -111,21 +109,15 @@ def test_mistakes() -> None:
 
 def zero_series(stage: str, dropout: float) -> dict[str, list[float]]:
     """{mode: losses and gradient norms of two steps} under DeepSpeed, all modes in one process."""
-    path = Path(__file__).parent.parent / "ds_configs" / f"{stage}.json"
     found = {}
     for mode in MODES:
-        tree = ds_config.for_device(ds_config.load(str(path)), str(path), cuda=False)
-        for key in ("bf16", "data_types"):
-            tree.pop(key, None)
-        decided = ds_config.Decided("test", 4, 4, 0.0)
+        settings = configuration(stage, 4, 4, 0.0)
         model = albef_model(dropout=dropout, layers=2)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # as after training: a bias that counts twice shows
                 torch.nn.init.constant_(parameter, 0.3)
         set_activation_checkpointing(model, mode, deepspeed_recompute() if mode == "deepspeed" else None)
-        engine = DeepSpeedEngine(
-            model, ds_config.merge(tree, str(path), decided, 1), OptimConfig(), torch.device("cpu")
-        )
+        engine = DeepSpeedEngine(model, settings, OptimConfig(), torch.device("cpu"))
         numbers = []
         for step in (1, 2):
             torch.manual_seed(step)

@@ -22,17 +22,14 @@ Found = dict[str, Any]  # losses by objective, gradients by parameter, buffers b
 
 
 def part(batch: Batch, rows: slice) -> Batch:
-    """Some samples of a batch, with all candidate captions of each."""
+    """Some samples of a batch, with all rows of each."""
 
     def cut(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) else value
-
-    def cut_text(value: Any) -> Any:
         return None if value is None else value.unflatten(0, (len(batch), -1))[rows].flatten(0, 1)
 
     return replace(
         batch,
-        text={view: Text(*map(cut_text, fields)) for view, fields in batch.text.items()},
+        text={view: Text(*map(cut, fields)) for view, fields in batch.text.items()},
         visual={view: Visual(*map(cut, fields)) for view, fields in batch.visual.items()},
         pair_id=batch.pair_id[rows],
         matched=cut(batch.matched),

@@ -189,6 +189,8 @@ class DeepSpeedEngine(TwinEngine):
     def backward(self, loss: Tensor, last: bool) -> None:
         """See `Engine.backward`."""
         self._ds.set_gradient_accumulation_boundary(last)  # two-pass steps call more often than it would count
+        if self.stage == 2:
+            self._optimizer.setup_buckets()  # which it does at the first parameter, and a loss may reach none
         self._ds.backward(loss)
         if not last:
             self._ds.step()  # off the boundary this only counts the call
@@ -204,6 +206,8 @@ class DeepSpeedEngine(TwinEngine):
         scaler = self._scaler()  # stage 0 names its least scale otherwise
         answered = bool(scaler) and scaler["cur_scale"] > scaler.get("min_scale", scaler.get("min_loss_scale"))
         skipped = self._ds.skipped_steps
+        if self._offload and self._accumulation > 1:  # the last backward brings home no more than it has reached
+            self._optimizer.finalize_gradient_accumulation_boundary()
         self._ds_step()
         applied = self._ds.skipped_steps == skipped
         if norm is None:
@@ -328,6 +332,8 @@ class DeepSpeedEngine(TwinEngine):
                     flat.grad.zero_()
         if self._offload:
             self._optimizer.norm_for_param_grads.clear()
+            for kept in getattr(self._optimizer, "accumulated_grads_in_cpu", {}).values():
+                kept.zero_()
             if self.stage < 3:  # a skipped step keeps its sums, and would make the next ones skip too
                 self._optimizer.averaged_gradients.update(dict.fromkeys(self._optimizer.averaged_gradients))
             for flat in getattr(self._optimizer, "single_partition_of_fp32_groups", ()):

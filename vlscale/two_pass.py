@@ -2,7 +2,8 @@
 
 Three kinds of passes (Gao et al. 2021, GradCache, section 3, here also for features that meet in fusion layers):
 
-1. *look*: every micro-batch is encoded without a graph; what the objectives share is gathered once.
+1. *look*: every micro-batch is encoded (and fused, where fused states are shared) without a graph; what the
+   objectives share is gathered once.
 2. *contrast*: micro-batch by micro-batch, the objectives that look at the whole batch make their losses from
    the kept streams; backward reaches their own parameters, the fusion layers, and the streams.
 3. *deliver*: micro-batch by micro-batch, the encoders run again under the random state of the first time and
@@ -24,10 +25,11 @@ from torch import Tensor
 from vlscale import distributed
 from vlscale.engine import Engine
 from vlscale.model import Encodings, MomentumEncodings, PretrainModel, everyones, global_order
-from vlscale.types import Batch, Moment, Pass, Stream, lengthened
+from vlscale.types import Batch, Fused, Moment, Pass, Stream, lengthened
 
 T = TypeVar("T")
-Key = tuple[str, ...]  # (text or visual, view)
+S = TypeVar("S", Stream, Fused)
+Key = tuple[str, ...]  # (text or visual, view), or (fused, both)
 E = TypeVar("E", "_Looking", "_Leaves", "_Again")
 
 
@@ -91,6 +93,11 @@ class Cache:
                 tensor.detach().requires_grad_(need) for tensor, need in zip(ordered, needs, strict=True)
             )
 
+    def rows(self, key: Key, number: int) -> slice:
+        """Where a micro-batch's rows lie in the joined stream."""
+        first = sum(len(stream.hidden) for stream in self.streams[key][:number])
+        return slice(first, first + len(self.streams[key][number].hidden))
+
     def bring_home(self) -> None:
         """Sum what all ranks' losses made of the shared tensors; each rank keeps the gradients of its own."""
         for name, tensors in self.everyone.items():
@@ -103,18 +110,18 @@ class Cache:
 
 
 class _Looking(Encodings):
-    """Streams are made without a graph and kept, as leaves, with the random state that they were made in."""
+    """Passes are made without a graph and kept, as leaves, with the random state that they were made in."""
 
     cache: Cache
 
     def _once(self, key: Key, make: Callable[[], T]) -> T:
-        assert key[0] != "fused", "`share` looks at streams alone"
         if key not in self._kept:
             self.cache.random.setdefault(key, []).append(_random_state(self._batch.pair_id.device))
             with torch.no_grad():
                 made: Any = make()
             self._kept[key] = _each(made, _leaf)
-            self.cache.streams.setdefault(key, []).append(self._kept[key])
+            if key[0] != "fused":  # what becomes of fused states travels by `share` alone
+                self.cache.streams.setdefault(key, []).append(self._kept[key])
         kept: T = self._kept[key]
         return kept
 
@@ -130,8 +137,11 @@ class _Leaves(Encodings):
         return kept
 
     def _rows(self, key: Key) -> Any:
-        rows = _rows_of(self.at.number, self._batch)
-        return _each(self._everyone(*key), lambda part: part[rows])
+        joined, own = self._everyone(*key), self.cache.streams[key][self.at.number]
+        rows = self.cache.rows(key, self.at.number)
+        pairs = zip(joined, own, strict=True)
+        parts = (None if part is None or like is None else _cut(part[rows], like) for part, like in pairs)
+        return type(joined)(*parts)  # type: ignore[arg-type]
 
     def _everyone(self, kind: str, view: str) -> Stream:
         assert (kind, view) in self.cache.joined, f"`share` asks for the {kind} stream '{view}' if `forward` does"
@@ -139,7 +149,7 @@ class _Leaves(Encodings):
 
 
 class _Again(Encodings):
-    """Kept streams are made again, with a graph, as they were made the first time."""
+    """Kept passes are made again, with a graph, as they were made the first time."""
 
     cache: Cache
 
@@ -187,13 +197,14 @@ class Deliver:
     def run(self, model: PretrainModel, batch: Batch, at: Moment) -> Pass:
         """See `Phase`."""
         enc = _begin(_Again, self.cache, model, batch, at)
-        rows = _rows_of(at.number, batch)
+        own = slice(at.number * len(batch), (at.number + 1) * len(batch))
         meets: list[tuple[Tensor, Tensor | None]] = []
         asked = dict(model.asked(batch.task))
         for name, gradients in self.cache.home.items():
             again = asked[name].share(enc, batch)
-            meets += [(part, None if g is None else g[rows]) for part, g in zip(again, gradients, strict=True)]
+            meets += [(part, None if g is None else g[own]) for part, g in zip(again, gradients, strict=True)]
         for (kind, view), leaves in self.cache.joined.items():
+            rows = self.cache.rows((kind, view), at.number)
             stream = enc.text(view) if kind == "text" else enc.visual(view)
             for part, leaf in zip(stream, leaves, strict=True):
                 if part is not None and leaf is not None and leaf.grad is not None:
@@ -228,19 +239,16 @@ def _begin(kind: type[E], cache: Cache, model: PretrainModel, batch: Batch, at: 
     return enc
 
 
-def _rows_of(number: int, batch: Batch) -> slice:
-    return slice(number * len(batch), (number + 1) * len(batch))
-
-
 def _join(streams: Sequence[Stream]) -> Stream:
     """One stream of all micro-batches, as leaves; lengths differ from micro-batch to micro-batch."""
     length = max(stream.hidden.shape[1] for stream in streams)
     even = [
         stream._replace(
-            hidden=lengthened(stream.hidden, length),
-            mask=None if stream.mask is None else lengthened(stream.mask, length),
-            codes=None if stream.codes is None else lengthened(stream.codes, length),
-            picked=None if stream.picked is None else lengthened(stream.picked, length),
+            **{
+                name: lengthened(part, length)
+                for name in ("hidden", "mask", "codes", "picked", "order", "skip", "keys")
+                if (part := getattr(stream, name)) is not None
+            }
         )
         for stream in streams
     ]
@@ -248,17 +256,17 @@ def _join(streams: Sequence[Stream]) -> Stream:
     return Stream(*parts)  # type: ignore[arg-type]
 
 
-def _each(stream: Stream, change: Callable[[Tensor], Tensor]) -> Stream:
-    return Stream(*(None if part is None else change(part) for part in stream))  # type: ignore[arg-type]
+def _each(states: S, change: Callable[[Tensor], Tensor]) -> S:
+    return type(states)(*(None if part is None else change(part) for part in states))  # type: ignore[arg-type]
 
 
 def _leaf(part: Tensor) -> Tensor:
     return part.detach().requires_grad_(part.is_floating_point())
 
 
-def _cut(gradient: Tensor, like: Tensor) -> Tensor:
+def _cut(part: Tensor, like: Tensor) -> Tensor:
     """Without the padding that joining added."""
-    return gradient[:, : like.shape[1]] if gradient.ndim > 1 else gradient
+    return part[:, : like.shape[1]] if part.ndim > 1 else part
 
 
 def _rank_order(everyone: Tensor, number: int) -> Tensor:

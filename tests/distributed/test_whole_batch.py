@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tests import test_lmi, test_region_nce
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import batch_for
 from tests.runs import losses, run_whole
 from tests.states import whole_weights
 from tests.whole_steps import part
-from vlscale import distributed, ds_config, two_pass
+from vlscale import distributed, two_pass
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.families import albef
 from vlscale.local_engine import LocalEngine
@@ -27,7 +28,6 @@ from vlscale.objectives import itc, itm, mil_nce, mlm, sigmoid
 from vlscale.optim import OptimConfig
 from vlscale.types import Batch, Moment
 
-FILES = Path(__file__).parents[2] / "ds_configs"
 OPTIM = OptimConfig(weight_decay=0.1, clip=1.0, eps=1e-2)  # a small eps turns rounding into moves of lr
 TOGETHER = 8  # samples per step
 NOISE = 1e-6  # a gradient whose terms cancel (a key bias: all of them) is rounding below this
@@ -164,13 +164,7 @@ def series(case: Case, engine: Engine, steps: int, number: int = 1) -> dict[str,
 
 
 def on_a_rank(stage: str, steps: int, names: list[str], number: int = 1) -> dict[str, dict[str, Any]]:
-    path = str(FILES / f"{stage}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, cuda=False)
-    tree.pop("bf16", None)
-    tree.pop("data_types", None)
-    ranks = distributed.world_size()
-    decided = ds_config.Decided("test", TOGETHER, TOGETHER // ranks // number, OPTIM.clip)
-    config = ds_config.merge(tree, path, decided, ranks)
+    config = configuration(stage, TOGETHER, TOGETHER // distributed.world_size() // number, OPTIM.clip)
     device = torch.device("cpu")
     cases = {name: CASES[name] for name in names}
     out = {}

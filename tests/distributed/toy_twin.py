@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests import engines
 from tests.states import whole_weights
-from vlscale import distributed, ds_config
+from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine, Engine
 from vlscale.families.base import Family
 from vlscale.local_engine import LocalEngine
@@ -22,7 +22,6 @@ from vlscale.objectives.base import Objective
 from vlscale.optim import OptimConfig
 from vlscale.types import Batch, Dims, Inputs, Loss, Moment, Stream, Visual
 
-FILES = Path(__file__).parents[2] / "ds_configs"
 OPTIM = OptimConfig(weight_decay=0.1, eps=1e-4, clip=1.0)
 RATE = 1e-2
 SAMPLES = 8  # of a step, over all ranks and micro-batches
@@ -105,14 +104,8 @@ def batch_of(options: Options, step: int, part: int = 0, parts: int = 1) -> Batc
 
 
 def configuration(name: str, precision: str, accumulation: int = 1) -> dict[str, Any]:
-    path = str(FILES / f"{name}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
-    if precision == "fp32":
-        tree.pop("bf16", None)
-        tree.pop("data_types", None)
-    ranks = distributed.world_size()
-    decided = ds_config.Decided("toy", SAMPLES, SAMPLES // accumulation // ranks, OPTIM.clip)
-    return ds_config.merge(tree, path, decided, ranks)
+    micro_batch = SAMPLES // accumulation // distributed.world_size()
+    return engines.configuration(name, SAMPLES, micro_batch, OPTIM.clip, precision)
 
 
 def engine_of(options: Options, name: str, precision: str = "fp32", accumulation: int = 1) -> DeepSpeedEngine:

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.distributed.test_whole_batch import CASES, OPTIM, series
+from tests.engines import FILES
 from tests.gpu.test_engine import on_one_gpu
-from tests.test_engine import FILES
 from vlscale import distributed, ds_config
 from vlscale.engine import DeepSpeedEngine
 from vlscale.nn import contrast
