@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", nargs="+", default=None, metavar="SHARDS", help="globs; default: the run's data.val")
     parser.add_argument("--batch", type=int, default=64, help="samples per forward pass; default: %(default)s")
     parser.add_argument("--limit", type=int, default=None, help="samples at most, 0 = all; default: evaluation.limit")
+    text = "windows of a clip whose embeddings are averaged; default: evaluation.windows"
+    parser.add_argument("--windows", type=int, default=None, help=text)
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
     arguments = console.parse(parser, argv)
     console.no_overrides(arguments)
@@ -34,7 +36,12 @@ def main(argv: list[str]) -> int:
     from vlscale import evaluate
 
     figures = evaluate.evaluate(
-        arguments.checkpoint, arguments.task, arguments.data, batch=arguments.batch, limit=arguments.limit
+        arguments.checkpoint,
+        arguments.task,
+        arguments.data,
+        batch=arguments.batch,
+        limit=arguments.limit,
+        windows=arguments.windows,
     )
     for name, value in figures.items():
         print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")

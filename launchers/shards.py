@@ -7,6 +7,7 @@
     python launchers/shards.py verify 'shards/*.tar' --json report.json
     python launchers/shards.py describe 'shards/*.tar' --html page.html
     python launchers/shards.py regions 'shards/*.tar' --detector detr-resnet-50 --to shards_with_regions
+    python launchers/shards.py frames 'clips/*.tar' --tower s3d --weights s3d_howto100m.pth --to clips_with_features
 
 `python launchers/shards.py COMMAND --help` lists the options of a command.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 from collections import Counter
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,9 +36,7 @@ from vlscale.errors import DONE, STOPPED, ConfigError, DataError, did_you_mean
 if TYPE_CHECKING:
     from vlscale.data.looking.inspect import Problem
     from vlscale.data.making.write import Layout, Written
-    from vlscale.data.storage.stores import StoreOptions
 
-STORE_KEYS = tuple(f"data.{name}" for name in ("cache", "cache_gigabytes", "store_patience", "store_timeout", "pipe"))
 INTERRUPTED, UNHEARD = 130, 141  # as shells say of Ctrl-C and of a closed pipe
 SHOWN = 10  # problems that are printed; the JSON names more
 
@@ -54,10 +52,12 @@ def make(argv: list[str]) -> int:
         parser.add_argument(name, type=Path, default=None, metavar=metavar, help=text)
     parser.add_argument("--from", dest="format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--source", nargs="+", required=True, metavar="PATH", help="files or folders in that format")
-    text = "texts of the pictures: json, jsonl, csv or tsv; for uniter_lmdb its text DBs"
+    text = "texts of pictures or videos: json, jsonl, csv, tsv, srt, vtt, or folders; for uniter_lmdb its text DBs"
     parser.add_argument("--captions", nargs="+", type=Path, default=(), metavar="FILE", help=text)
     text = "parts to take of a file that holds several: train, restval, val, test; default: all"
     parser.add_argument("--split", nargs="+", default=(), metavar="NAME", help=text)
+    text = "rows a second in each --source of frame_features; default: 1"
+    parser.add_argument("--rates", nargs="+", type=float, default=(), metavar="N", help=text)
     _layout_options(parser)
     options = _parse(parser, argv)
 
@@ -65,7 +65,7 @@ def make(argv: list[str]) -> int:
     from vlscale.data.making import manifest, write
 
     layout = _layout(options)
-    names = ("captions", "vocab", "class_names", "images", "split")
+    names = ("captions", "vocab", "class_names", "images", "split", *(["rates"] if options.rates else []))
     chosen = {name: getattr(options, name) for name in names}
     source = formats.open_source(options.format, options.source, **chosen)
     origin = manifest.origin({"from": options.format, "source": options.source, **chosen})
@@ -86,13 +86,6 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resize", type=int, default=None, metavar="PIXELS", help=text)
     parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
     _processes_option(parser)
-
-
-def _shards_argument(parser: argparse.ArgumentParser) -> None:
-    text = (
-        f"tar files, URLs, globs, or x-{{000..012}}.tar; how stores are asked, as in a recipe: {', '.join(STORE_KEYS)}"
-    )
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=text)
 
 
 def _processes_option(parser: argparse.ArgumentParser) -> None:
@@ -116,14 +109,14 @@ def _told(written: Written, broken: Path | None = None) -> int:
     if written.broken:
         print(f"{written.broken} broken and left out{f', listed in {broken}' if broken else ''}, such as")
         for name, reason in written.named:
-            _say(f"  {name}: {reason}")
+            console.say(f"  {name}: {reason}")
     return DONE
 
 
 def index(argv: list[str]) -> int:
     """Make the index of each shard that has none or has changed, which a training run reads first; count samples."""
     parser = _parser("index", index.__doc__)
-    _shards_argument(parser)
+    console.shards_argument(parser)
     _processes_option(parser)
     options = _parse(parser, argv)
 
@@ -132,7 +125,7 @@ def index(argv: list[str]) -> int:
     indexed = list(indexing.index(options.shards, options.processes, options.stores))
     for shard in indexed:
         note = "  (its index was stale)" if shard.was == "stale" else ""
-        _say(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
+        console.say(f"{shard.samples:>10}  {shard.shard}{note}" if not shard.fault else f"{'-':>10}  {shard.fault}")
     faulty = sum(bool(shard.fault) for shard in indexed)
     told = Counter(shard.was for shard in indexed if not shard.fault)
     states = f"{told['kept']} were there, {told['new']} new, {told['stale']} stale"
@@ -145,7 +138,7 @@ def index(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """Read every member of every sample; exit code 3 if anything is wrong."""
     parser = _parser("verify", verify.__doc__)
-    _shards_argument(parser)
+    console.shards_argument(parser)
     parser.add_argument("--quick", action="store_true", help="pictures by their headers, regions by their shapes")
     text = "put the checksums of sound shards into SHA256SUMS beside them"
     parser.add_argument("--write_checksums", action="store_true", help=text)
@@ -160,10 +153,10 @@ def verify(argv: list[str]) -> int:
     if report.checksums:
         print(f"{report.checksums} shard(s) with the checksum that SHA256SUMS tells")
     for problem in inspect.spread(report.problems, SHOWN):
-        _say(f"  {_in_words(problem)}")
+        console.say(f"  {_in_words(problem)}")
     if sum(report.counts.values()) > SHOWN:
         print(f"  ... and {sum(report.counts.values()) - SHOWN} more; --json FILE names up to {inspect.NAMED}")
-    _write_json(options.json, {**report._asdict(), "problems": [each._asdict() for each in report.problems]})
+    console.write_json(options.json, {**report._asdict(), "problems": [each._asdict() for each in report.problems]})
     if report.counts:
         counts = ", ".join(f"{count} of {kind}" for kind, count in report.counts.items())
         raise DataError(f"{sum(report.counts.values())} problem(s) in the shards: {counts}")
@@ -181,7 +174,7 @@ def _in_words(problem: Problem) -> str:
 def describe(argv: list[str]) -> int:
     """Say what shards hold."""
     parser = _parser("describe", describe.__doc__)
-    _shards_argument(parser)
+    console.shards_argument(parser)
     text = "look at so many samples, evenly drawn; default: all"
     parser.add_argument("--limit", type=int, default=None, metavar="N", help=text)
     _processes_option(parser)
@@ -189,7 +182,7 @@ def describe(argv: list[str]) -> int:
     parser.add_argument("--html", type=Path, default=None, metavar="FILE", help="write a page with pictures there")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="that draws its samples; default: %(default)s")
     options = _parse(parser, argv)
-    _check_place("--html", options.html)
+    console.check_place("--html", options.html)
     if options.seed < 0:
         raise ConfigError(f"--seed is {options.seed}; write 0 or more")
 
@@ -202,22 +195,22 @@ def describe(argv: list[str]) -> int:
         if name not in ("examples", "histograms") and value is not None:
             print(f"{name.replace('_', ' '):24} {_words(value)}")
     for example in figures["examples"]:
-        _say(json.dumps(example, ensure_ascii=False))
-    _write_json(options.json, figures)
+        console.say(json.dumps(example, ensure_ascii=False))
+    console.write_json(options.json, figures)
     if options.html:
         from vlscale.data.looking.cards import cards
         from vlscale.data.looking.page import page
         from vlscale.data.storage.stores import shown
 
         title = ", ".join(map(shown, options.shards))
-        _write("--html", options.html, page(title, figures, cards(shards, seed=options.seed)))
+        console.write("--html", options.html, page(title, figures, cards(shards, seed=options.seed)))
     return DONE
 
 
 def regions(argv: list[str]) -> int:
     """Copy shards of pictures and add regions.npz and tags, by an object detector from a local folder."""
     parser = _parser("regions", regions.__doc__)
-    _shards_argument(parser)
+    console.shards_argument(parser)
     parser.add_argument("--detector", type=Path, required=True, metavar="FOLDER", help="a detector of transformers")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the copies")
     for name, kind, default, text in (
@@ -226,8 +219,7 @@ def regions(argv: list[str]) -> int:
         ("--batch", int, 8, "pictures per forward pass"),
     ):
         parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
-    parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
+    _device_options(parser)
     options = _parse(parser, argv)
 
     from vlscale.data import detect
@@ -237,6 +229,41 @@ def regions(argv: list[str]) -> int:
     shards = Shards(options.shards, options=options.stores)
     detector = detect.Detector(options.detector, options.device)
     return _told(detect.add_regions(shards, options.to, detector, choice, options.batch, options.dtype))
+
+
+def frames(argv: list[str]) -> int:
+    """Copy shards of clips and add frames.npz, by a tower with published weights; goes on where it was stopped."""
+    parser = _parser("frames", frames.__doc__)
+    console.shards_argument(parser)
+    parser.add_argument("--tower", required=True, metavar="KIND", help="s3d, resnet18/50/101/152, vit_b32 or vit_b16")
+    text = "its weights: MIL-NCE's of s3d, torchvision's of resnet, DeiT's or a Hugging Face folder of vit"
+    parser.add_argument("--weights", type=Path, required=True, metavar="PATH", help=text)
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder for the copies")
+    for name, kind, default, text in (
+        ("--every", float, 1.0, "seconds from one feature to the next"),
+        ("--window", int, 16, "frames of one feature of s3d"),
+        ("--fps", float, 0.0, "frames a second in a window; 0 = as many as fill --every"),
+        ("--image_size", int, 224, "pixels of the middle square"),
+        ("--batch", int, 8, "features per forward pass"),
+    ):
+        parser.add_argument(name, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    _device_options(parser)
+    options = _parse(parser, argv)
+
+    from vlscale import frame_features as features
+    from vlscale.data.shards import Shards
+
+    sampling = features.Sampling(options.every, options.window, options.fps, options.image_size)
+    shards = Shards(options.shards, options=options.stores)
+    tower = features.load_tower(options.tower, options.weights, sampling, options.device)
+    written, made = features.add_frames(shards, options.to, tower, sampling, options.batch, options.dtype)
+    print(f"{made.features} features of {tower.width} numbers; {made.decoded_per_second:.0f} frames per CPU-second")
+    return _told(written)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--dtype", default="float16", help="of features: float16 or float32; default: %(default)s")
 
 
 def _words(value: object) -> str:
@@ -251,6 +278,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "describe": describe,
     "regions": regions,
+    "frames": frames,
 }
 
 
@@ -272,7 +300,9 @@ def main(argv: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return UNHEARD
         except KeyboardInterrupt:
-            goes_on = "; the same command goes on after the shards that are whole" if argv[0] == "make" else ""
+            goes_on = (
+                "; the same command goes on after the shards that are whole" if argv[0] in ("make", "frames") else ""
+            )
             print(f"\nstopped{goes_on}", file=sys.stderr)
             return STOPPED if goes_on else INTERRUPTED
     console.parse(parser, argv)
@@ -303,77 +333,15 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     """Parsed options; a command that reads shards takes `data.cache=FOLDER` and its like too, as `stores`."""
     options = console.parse(parser, argv)
     if "shards" in options:
-        words = [*options.shards, *options.overrides]
-        said = [word for word in words if re.match(r"data\.\w+=", word)]
-        options.shards, options.overrides = (
-            [word for word in some if word not in said] for some in (options.shards, options.overrides)
-        )
-        for word in said:
-            if (key := word.partition("=")[0]) not in STORE_KEYS:
-                raise ConfigError(f"'{word}' is no option here{did_you_mean(key, STORE_KEYS)}")
-        if not options.shards:
-            raise ConfigError("write which shards, too: tar files, URLs or globs")
-        options.stores = _stores(said)
+        console.take_stores(options)
     if options.overrides:
         raise ConfigError(f"'{options.overrides[0]}' is no option here; `--help` lists what there is")
-    _check_place("--json", getattr(options, "json", None))
+    console.check_place("--json", getattr(options, "json", None))
     return options
-
-
-def _stores(said: list[str]) -> StoreOptions | None:
-    """What `key=value` words of a recipe say of stores."""
-    if not said:
-        return None
-    from vlscale import config
-    from vlscale.data.options import DataConfig
-
-    tree: dict[str, Any] = {}
-    for word in said:
-        config.apply_override(tree, word)
-    data: DataConfig = config.build(DataConfig, tree["data"], "data")
-    return data.stores()
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures there")
-
-
-def _write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
-    if path is None:
-        return
-    _write("--json", path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_place(option: str, path: Path | None) -> None:
-    """ConfigError for a file that cannot be written, before the work that it is to hold."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(
-            f"{option} {path} cannot be written: there is no folder {path.parent}; make it, or write another"
-        )
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else "its rights forbid it"
-        raise ConfigError(f"{option} {path} cannot be written: {reason}; write a path that can")
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        path.write_bytes(_encoded(text))
-    except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); write a path that can") from error
-
-
-def _say(text: str) -> None:
-    """Print what others have written, which may not write to the terminal as it likes."""
-    from vlscale.data.samples import printable
-
-    print(printable(text))
-
-
-def _encoded(text: str) -> bytes:
-    """UTF-8, in which half a character of somebody's json or file name becomes a question mark."""
-    return text.encode(errors="replace")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 
 from vlscale.data import tags as tag_data
+from vlscale.data.clip_samples import ClipAssembler
 from vlscale.data.collate import RegionSample, Sample
 from vlscale.data.decode import MAX_PIXELS, Crop, Pixels
 from vlscale.data.masking import Ids
@@ -17,10 +18,8 @@ from vlscale.data.regions import PLACES, Floats, Regions
 from vlscale.data.samples import BrokenSampleError, crops, regions
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
-from vlscale.data.views import Views
+from vlscale.data.views import Draw, Views
 from vlscale.types import IGNORE, Inputs
-
-Draw = Callable[[str], Generator]  # the sample's generator for one purpose, such as `text.masked`
 
 
 class Pair(NamedTuple):
@@ -53,6 +52,7 @@ class Assembler:
         self._texts = texts
         self._fields = fields
         self._max_pixels = max_pixels
+        self._clips = ClipAssembler(shards, inputs, tokenizer, texts, max_pixels) if inputs.frames else None
 
     def __call__(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels] | None = None) -> Sample:
         """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with.
@@ -60,6 +60,8 @@ class Assembler:
         `rooms`: where its picture is to lie, [S, S, 3] by view; in memory of its own where there is none.
         """
         pair = self._pair(i, views, draw)
+        if self._clips is not None:
+            return self._clip(i, pair, views, draw, self._clips)
         phrase = self._phrase(pair.words, "caption", views, draw)
         ids, lost, segments = phrase.ids, phrase.lost, None
         if self._inputs.tags:
@@ -82,6 +84,13 @@ class Assembler:
             tags_swapped=pair.swapped if views.swap_tags else None,
             answer=(phrase.answer if pair.matched else IGNORE) if views.answers else None,
         )
+
+    def _clip(self, i: int, pair: Pair, views: Views, draw: Draw, assemble: ClipAssembler) -> Sample:
+        clips = assemble(pair.words, pair.picture, views, draw)
+        if views.mismatch and views.mismatch.labels == "blanked" and not pair.matched:
+            clips = clips.blanked()
+        matched = pair.matched if views.mismatch else None
+        return Sample(i, self._shards.key(i), {}, {}, clips=clips, lost_words=clips.lost_words, matched=matched)
 
     def _pair(self, i: int, views: Views, draw: Draw) -> Pair:
         pair = Pair(i, i, i, i, matched=True, swapped=0)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlscale.data.augment import KeepRatio
+from vlscale.data.clip_samples import ClipSample, TextRows
 from vlscale.data.decode import Pixels
+from vlscale.data.frames import Frames
 from vlscale.data.masking import Ids
 from vlscale.data.pictures import pad_pictures
 from vlscale.data.regions import Floats
@@ -37,6 +39,7 @@ class Sample:
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
     visual: Mapping[str, Pixels]  # view -> uint8 [H, W, 3]
     regions: RegionSample | None = None
+    clips: ClipSample | None = None  # in the place of `text`, `visual` and `regions`
     lost_words: int = 0  # of its text, for which there was no room
     segments: Ids | None = None  # [L]
     matched: bool | None = None
@@ -51,11 +54,12 @@ def collate(
     targets: bool = False,
     keep_ratio: Mapping[str, KeepRatio] | None = None,
     squares: Mapping[str, Pixels] | None = None,
+    frames: int = 0,
 ) -> Batch:
-    """One micro-batch; `pad` is the id of [PAD]. Texts and regions are as many as the most of them.
+    """One micro-batch; `pad` is the id of [PAD]. Texts, regions and frames are as many as the most of them.
 
     `targets`: whether someone restores features. `keep_ratio`: the views whose pictures differ in shape. `squares`:
-    the pictures [B, S, S, 3] of views whose samples lie there already.
+    the pictures [B, S, S, 3] of views whose samples lie there already. `frames`: how many a clip of pixels gets.
     """
     shapes, filled = keep_ratio or {}, squares or {}
     first = samples[0]
@@ -64,10 +68,15 @@ def collate(
     if segments:
         padded = torch.from_numpy(_padded(segments, 0, np.int64))
         text = {view: each._replace(segments=padded) for view, each in text.items()}
+    clips = [sample.clips for sample in samples if sample.clips is not None]
+    if clips:
+        text = {view: stack_texts([clip.text[view] for clip in clips], pad) for view in clips[0].text}
     regions = [sample.regions for sample in samples if sample.regions is not None]
     visual = {view: _shown(pictures) for view, pictures in filled.items()}
     for view in [view for view in first.visual if view not in filled]:
         visual[view] = _pictures([sample.visual[view] for sample in samples], shapes.get(view))
+    for view in clips[0].visual if clips else ():
+        visual[view] = stack_frames([row for clip in clips for row in clip.visual[view]], targets, frames)
     return Batch(
         text=text,
         visual=stack_regions(regions, targets) if regions else visual,
@@ -89,6 +98,56 @@ def pad_texts(texts: Sequence[tuple[Ids, Ids | None]], pad: int) -> Text:
     wanted = [labels for _, labels in texts if labels is not None]
     labels = torch.from_numpy(_padded(wanted, IGNORE, np.int64)) if wanted else None
     return Text(ids, torch.from_numpy(mask), labels)
+
+
+def stack_texts(samples: Sequence[TextRows], pad: int) -> Text:
+    """The texts of samples that have several: as many rows each as the most of them, missing ones being padding."""
+    count = max(1, *(len(sample.ids) for sample in samples))
+    nothing = np.empty(0, dtype=np.int64)
+    restored = any(labels is not None for sample in samples for labels in sample.labels)
+    rows: list[tuple[Ids, Ids | None]] = []
+    for sample in samples:
+        rows += zip(sample.ids, sample.labels, strict=True)
+        rows += [(nothing, nothing if restored else None)] * (count - len(sample.ids))
+    spans = [sample.spans for sample in samples if sample.spans is not None]
+    text = pad_texts(rows, pad)
+    if not spans:
+        return text
+    table = np.zeros((len(samples), count, 2), dtype=np.int64)
+    for place, each in zip(table, spans, strict=True):
+        place[: len(each)] = each
+    return text._replace(spans=torch.from_numpy(table.reshape(-1, 2)))
+
+
+def stack_frames(rows: Sequence[Frames], targets: bool, most: int) -> Visual:
+    """The frames of some clips; of pixels `most` places each, uint8 [rows, T, 3, H, W], black where there is none.
+
+    `targets`: whether someone restores features.
+    """
+    counts = np.array([row.length for row in rows])
+    mask = np.arange(most if rows[0].pixels else counts.max()) < counts[:, None]  # [rows, T]
+
+    def padded(name: str, fill: Any) -> Tensor | None:
+        values = [getattr(row, name) for row in rows]
+        if values[0] is None:
+            return None
+        out = np.full((*mask.shape, *values[0].shape[1:]), fill, dtype=values[0].dtype)
+        for place, value in zip(out, values, strict=True):
+            place[: len(value)] = value
+        return torch.from_numpy(out)
+
+    feats, order = padded("feats", 0), padded("order", 0)
+    assert feats is not None
+    places = torch.arange(mask.shape[1])
+    return Visual(
+        feats.permute(0, 1, 4, 2, 3) if rows[0].pixels else feats,
+        torch.from_numpy(mask),
+        picked=padded("picked", False),
+        targets=padded("targets", 0) if targets else None,
+        codes=padded("codes", 0),
+        code_labels=padded("code_labels", IGNORE),
+        order=None if order is None else torch.where(torch.from_numpy(mask), order, places),
+    )
 
 
 def stack_pictures(pictures: Sequence[Pixels]) -> Visual:

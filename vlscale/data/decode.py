@@ -39,6 +39,12 @@ class Crop(NamedTuple):
     size: tuple[int, int]  # (height, width)
     bilinear: bool = False  # where it is enlarged too
 
+    @classmethod
+    def middle(cls, height: int, width: int, size: int) -> Crop:
+        """The middle square of a picture of these sides, [size, size]."""
+        side = min(height, width)
+        return cls((height - side) // 2, (width - side) // 2, side, side, (size, size))
+
 
 class Encoded:
     """The bytes of a picture whose size is known, decoded no finer and no further down than it is needed."""
@@ -81,7 +87,7 @@ class Encoded:
         """
         factor, pixels = self._decoded(wanted)
         rooms = into or [None] * len(wanted)
-        return [_part(pixels, crop, factor, room) for crop, room in zip(wanted, rooms, strict=True)]
+        return [part(pixels, crop, factor, room) for crop, room in zip(wanted, rooms, strict=True)]
 
     def _decoded(self, wanted: Sequence[Crop]) -> tuple[int, Pixels]:
         if not self._is_jpeg:
@@ -180,29 +186,29 @@ def _decode_other(data: bytes) -> Pixels:
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 3 and pixels.shape[2] == 4:
-        return _on_white(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA))
+        return on_white(cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA))
     colours: Pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
     return colours
 
 
-def _on_white(pixels: NDArray[np.uint8]) -> Pixels:
-    """RGBA [H, W, 4] composited on white."""
+def on_white(pixels: NDArray[np.uint8]) -> Pixels:
+    """RGBA uint8 [H, W, 4] composited on white: RGB [H, W, 3]."""
     alpha = pixels[..., 3:].astype(np.uint16)
     shown = pixels[..., :3] * alpha + 255 * (255 - alpha)
     return ((shown + 127) // 255).astype(np.uint8)
 
 
-def _part(pixels: Pixels, crop: Crop, factor: int, into: Pixels | None) -> Pixels:
-    """`crop` of a picture that was decoded at 1 / `factor`, in memory of its own or `into` some."""
+def part(pixels: Pixels, crop: Crop, factor: int, into: Pixels | None) -> Pixels:
+    """`crop` of a picture that was decoded at 1 / `factor`: uint8 [*size, 3] in memory of its own or `into` some."""
     top, left = round(crop.top / factor), round(crop.left / factor)
     bottom, right = round((crop.top + crop.height) / factor), round((crop.left + crop.width) / factor)
-    part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+    cut = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
     height, width = crop.size
-    resized = resize(part, width, height, crop.bilinear, into)
+    resized = resize(cut, width, height, crop.bilinear, into)
     if into is not None and resized is not into:
         np.copyto(into, resized)
         return into
-    return part.copy() if resized is part else resized
+    return cut.copy() if resized is cut else resized
 
 
 def resize(pixels: Pixels, width: int, height: int, bilinear: bool = False, into: Pixels | None = None) -> Pixels:

@@ -28,7 +28,7 @@ from vlscale.data.parallel import cores, ordered
 from vlscale.data.philox import ManyDraws
 from vlscale.data.phrases import Texts
 from vlscale.data.pictures import CELL
-from vlscale.data.samples import REGION_FIELD, BrokenSampleError, picture_field
+from vlscale.data.samples import FRAME_FIELD, REGION_FIELD, WORD_FIELD, BrokenSampleError, picture_field
 from vlscale.data.shards import Shards, cache_folder
 from vlscale.data.shuffle import Numbers
 from vlscale.data.storage.locks import alone
@@ -167,6 +167,8 @@ def _make(folder: Path, shards: Shards, measure_one: Callable[[int], Measured]) 
 def measure_one(shards: Shards, texts: Texts, reading: Reading, i: int) -> Measured:
     """The lengths of sample `i`; those of one that cannot be used are `BROKEN`."""
     try:
+        if reading.inputs.frames:
+            return _clip(shards, texts, reading.inputs, i)
         phrases = texts(i)
         tags = len(texts.tags(i).ids) if reading.inputs.tags else 0
         seen = _regions(shards, i, reading.inputs.regions) if reading.inputs.regions else _patches(shards, i, reading)
@@ -174,6 +176,18 @@ def measure_one(shards: Shards, texts: Texts, reading: Reading, i: int) -> Measu
         return Measured([BROKEN], 1, BROKEN if reading.inputs.tags else 0, BROKEN)
     captions = sum(not phrase.asked for phrase in phrases)
     return Measured([len(phrase.ids) for phrase in phrases], captions, tags, seen)
+
+
+def _clip(shards: Shards, texts: Texts, inputs: Inputs, i: int) -> Measured:
+    """A clip counts with the longest of its sentences and with as many of its frames as are read."""
+    longest = max(len(texts.fit(each.text).ids) for each in texts.timed(i, needed=False))
+    if inputs.image_size:
+        return Measured([longest], 1, 0, inputs.frames)
+    field = WORD_FIELD if inputs.codes else FRAME_FIELD
+    number = region_count(shards.head(i, field, HEAD))
+    if number is None:
+        number = len(read_arrays(shards.read(i, (field,))[field], ("times",))["times"])
+    return Measured([longest], 1, 0, max(1, min(number, inputs.frames)))
 
 
 def _regions(shards: Shards, i: int, most: int) -> int:
@@ -185,12 +199,13 @@ def _regions(shards: Shards, i: int, most: int) -> int:
 
 
 def region_count(head: bytes) -> int | None:
-    """R of a regions.npz by its first bytes, where its first array has a row per region; None if they do not tell."""
+    """R of a regions.npz by its first bytes, where its first array has a row per region; None if they do not tell. So
+    for the frames of a frames.npz or visual_words.npz."""
     if head[:4] != b"PK\x03\x04" or len(head) < 30:
         return None
     packing, name_size, extra_size = (*struct.unpack("<H", head[8:10]), *struct.unpack("<HH", head[26:30]))
     name, content = head[30 : 30 + name_size].decode("latin-1"), head[30 + name_size + extra_size :]
-    if name.removesuffix(".npy") not in ("features", "boxes", "class_probs", *BY_REGION):
+    if name.removesuffix(".npy") not in ("features", "boxes", "class_probs", "times", "codes", *BY_REGION):
         return None
     try:
         opened = BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, HEAD) if packing else content)

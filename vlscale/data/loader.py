@@ -91,7 +91,7 @@ class MicroBatches:
         self._shards, self._ahead = shards, ahead
         self._num_samples = len(shards)
         self._pad = tokenizer.pad
-        self._side = inputs.image_size
+        self._side, self._frames = inputs.image_size, inputs.frames
         self.working: MutableSequence[int] = [IDLE]  # of each worker, the sample that it is at
 
     def __call__(self, positions: Numbers, task: str) -> Loaded:
@@ -111,7 +111,7 @@ class MicroBatches:
                 for position, index, *rooms in places
             ]
             targets = "targets" in self._preprocessing.fields
-            batch = collate(samples, self._pad, task, targets, views.keep_ratio(), squares)
+            batch = collate(samples, self._pad, task, targets, views.keep_ratio(), squares, self._frames)
             return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
         except DataError as error:
             return Loaded(None, tuple(bad), str(error))

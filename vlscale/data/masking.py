@@ -148,6 +148,33 @@ class MaskTokens:
         return open_
 
 
+@dataclass(frozen=True)
+class Write:
+    """What a decoder writes from left to right: it reads [CLS] and the words, and the labels hold the word that comes
+    next in each place, at last [SEP].
+
+    Of what it reads each word but the last is hidden with probability `prob`, as `MaskTokens` does it (UniVL: 0.15,
+    dataloader_howto100m.py); 0 = none.
+    """
+
+    prob: float = 0.15
+
+    def __post_init__(self) -> None:
+        require(0 <= self.prob <= 1, "prob", "a number in [0, 1]")
+
+    def __call__(self, ids: Ids, vocabulary: Vocabulary, rng: Generator) -> tuple[Ids, Ids]:
+        """(ids [L - 1] without the last, labels [L - 1]) of a text [L] that ends in [SEP]."""
+        read = ids[:-1].copy()
+        if self.prob:
+            read[:-1], _ = MaskTokens(prob=self.prob, at_least_one=False)(read[:-1], vocabulary, rng)
+        return read, ids[1:].copy()
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        """ConfigError if words are to be hidden and the vocabulary has no mask token."""
+        if self.prob:
+            mask_token(vocabulary)
+
+
 def _inside(ids: Ids, text: Flags, vocabulary: Vocabulary) -> Flags:
     """[L] tokens that go on with the word before them; behind a special token a word begins."""
     inside: Flags = vocabulary.continues[ids] & text

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vlscale.data.answers import normal_answer
-from vlscale.data.samples import BrokenSampleError, sentences, tags
+from vlscale.data.clip_windows import Timed
+from vlscale.data.samples import BrokenSampleError, sentences, tags, timed_sentences
 from vlscale.data.shards import Shards
-from vlscale.data.text import Ids, Tokenizer, clean_text, first_words
+from vlscale.data.text import Fitted, Ids, Tokenizer, clean_text, first_words
 from vlscale.types import IGNORE
 
 MAX_KEPT = 16 << 20  # bytes of token ids that a process keeps: some 30,000 captions
@@ -41,6 +42,20 @@ def read_sentences(shards: Shards, i: int, max_words: int, questions: bool = Fal
         kept = first_words(whole, max_words)
         found.append(Words(kept, 0 if kept == whole else len(whole.split()) - max_words, answer))
     return found
+
+
+def read_timed(shards: Shards, i: int, max_words: int, needed: bool = True) -> list[Timed]:
+    """The sentences of the clip of sample `i`, cleaned; those of which nothing is left are left out.
+
+    BrokenSampleError as of `timed_sentences`, or if that leaves none where a text is `needed`.
+    """
+    found = timed_sentences(shards, i, needed)
+    cleaned = [each._replace(text=clean_text(each.text, max_words)) for each in found]
+    kept = [each for each in cleaned if each.text]
+    if needed and not kept:
+        reason = f"its sentence {found[0].text!r} is nothing but punctuation, as all of them are; leave it out"
+        raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
+    return kept or cleaned
 
 
 def read_tags(shards: Shards, i: int, max_words: int) -> str:
@@ -143,6 +158,16 @@ class Texts:
             if self._fits(found):
                 self._kept[i] = found
         return found
+
+    def timed(self, i: int, needed: bool = True) -> list[Timed]:
+        """The sentences of a clip: see `read_timed`."""
+        return read_timed(self._shards, i, self._max_words, needed)
+
+    def fit(self, text: str) -> Fitted:
+        """The token ids of a clean text that was put together, and how many words did not fit."""
+        kept = first_words(text, self._max_words)
+        ids, lost = self._tokenizer.fit(kept)
+        return Fitted(ids, lost + (0 if kept == text else len(text.split()) - self._max_words))
 
     def tags(self, i: int) -> Phrase:
         """[CLS] names of the objects [SEP]; nothing between where none is named."""

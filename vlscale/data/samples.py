@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vlscale.data import regions as region_data
+from vlscale.data.clip_windows import Timed
 from vlscale.data.decode import MAX_PIXELS, Crop, Encoded, Pixels
 from vlscale.data.regions import Regions
 from vlscale.data.shards import Shards
@@ -23,8 +24,11 @@ MAX_MEMBER_BYTES = 1 << 28  # of anything else
 MAX_CAPTION = 100_000  # characters
 MAX_CAPTIONS = 10_000  # of one sample, questions included
 MAX_SIDE = 1_000_000  # pixels of a picture that regions lie in
+MAX_TIME = 1e9  # seconds at which a sentence begins or ends
 MAX_REASON = 300  # characters; a reason may quote what was found
 PICTURE_FIELDS = tuple(f"{number}{end}" for number in ("", "0.") for end in ("jpg", "jpeg", "png", "webp"))
+CLIP_FIELDS = ("mp4", "gif", "webm")
+FRAME_FIELD, WORD_FIELD = "frames.npz", "visual_words.npz"
 T = TypeVar("T")
 
 
@@ -101,7 +105,7 @@ def regions(shards: Shards, i: int, inputs: Inputs, wanted: frozenset[str]) -> R
         reason = f"has no '{REGION_FIELD}' but {has}; `launchers/shards.py regions` adds one to pictures"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
     try:
-        raw = {**_read(shards, i, ("json",)), **_read(shards, i, (REGION_FIELD,), MAX_MEMBER_BYTES)}
+        raw = {**read_members(shards, i, ("json",)), **read_members(shards, i, (REGION_FIELD,), MAX_MEMBER_BYTES)}
         found = region_data.parse(raw[REGION_FIELD], inputs.regions, wanted, _size(raw))
         region_data.check_widths(found, inputs)
     except ValueError as error:
@@ -119,17 +123,36 @@ class Sentence(NamedTuple):
 def sentences(shards: Shards, i: int, questions: bool = False) -> list[Sentence]:
     """The captions of sample `i` (`caption`, string or list, of its json, else its txt); with `questions` those too.
 
-    Questions are `qa` of the json, [{"q": ..., "a": ...}], or `question` and `answer`. BrokenSampleError if there is
-    no text, if one is empty, or if the json is not valid.
+    Questions are `qa` of the json, [{"q": ..., "a": ...}], or `question` and `answer`. Of a clip, captions are its
+    sentences: see `timed_sentences`. BrokenSampleError if there is no text, if one is empty, or if the json is not
+    valid.
     """
     try:
-        raw = _read(shards, i, TEXT_FIELDS)
+        raw = read_members(shards, i, TEXT_FIELDS)
         record = _record(raw)
         asked = _questions(record) if questions else []
-        told = [] if asked and "caption" not in record and "txt" not in raw else _captions(raw, record)
+        told = [] if asked and not _says(raw, record) else [each.text for each in _timed(raw, record, shards.fields(i))]
         if len(told) + len(asked) > MAX_CAPTIONS:
             raise ValueError(f"has {len(told) + len(asked)} captions and questions; at most {MAX_CAPTIONS} are read")
         return [*map(Sentence, told), *asked]
+    except ValueError as error:
+        raise BrokenSampleError(shards.shard(i), shards.key(i), str(error)) from error
+
+
+def timed_sentences(shards: Shards, i: int, needed: bool = True) -> list[Timed]:
+    """The sentences of the clip of sample `i`, in the order of their starts.
+
+    They are `sentences` or `sub` of its json, [{"start": seconds, "end": seconds, "text": ...}], or its lists `start`,
+    `end` and `text`; else its captions, or its questions each with its answer, which go with the whole clip.
+    BrokenSampleError as of `sentences`, or if a time cannot be. Where no text is `needed`, a sample without one has an
+    empty one.
+    """
+    try:
+        raw = read_members(shards, i, TEXT_FIELDS)
+        record = _record(raw)
+        if not needed and not _says(raw, record):
+            return [Timed("")]
+        return sorted(_timed(raw, record, shards.fields(i)), key=lambda each: each.start)
     except ValueError as error:
         raise BrokenSampleError(shards.shard(i), shards.key(i), str(error)) from error
 
@@ -140,7 +163,7 @@ def tags(shards: Shards, i: int) -> str:
     Empty where nothing is named; BrokenSampleError if the json is not valid.
     """
     try:
-        record = _record(_read(shards, i, ("json",)))
+        record = _record(read_members(shards, i, ("json",)))
         named = record.get("tags")
         if named is None:
             objects = [each for each in _listed(record, "objects") if isinstance(each, dict)]
@@ -160,7 +183,7 @@ def every_answer(shards: Shards) -> Iterator[str]:
             continue
 
 
-def _read(shards: Shards, i: int, fields: Sequence[str], most: int = MAX_TEXT_BYTES) -> dict[str, bytes]:
+def read_members(shards: Shards, i: int, fields: Sequence[str], most: int = MAX_TEXT_BYTES) -> dict[str, bytes]:
     """These members of sample `i`. ValueError if one has more than `most` bytes, which are not read then."""
     _check_sizes({field: size for field, size in shards.sizes(i).items() if field in fields}, most)
     return shards.read(i, fields)
@@ -236,6 +259,59 @@ def _captions(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> list[str]:
             raise ValueError(f"a caption in '{field}' is empty; write a text or leave the sample out")
         _checked(caption, f"a caption in '{field}'")
     return listed
+
+
+def _says(raw: Mapping[str, bytes], record: Mapping[str, Any]) -> bool:
+    """Whether a sample has a text that is no question."""
+    return "caption" in record or "txt" in raw or bool(_listed_times(record))
+
+
+def _timed(raw: Mapping[str, bytes], record: Mapping[str, Any], fields: Sequence[str]) -> list[Timed]:
+    """The sentences of a sample, with their times where they have some."""
+    listed = _listed_times(record)
+    if len(listed) > MAX_CAPTIONS:
+        raise ValueError(f"has {len(listed)} sentences; at most {MAX_CAPTIONS} are read")
+    if listed:
+        return [_sentence(number, each) for number, each in enumerate(listed)]
+    seen = any(field in fields for field in (*CLIP_FIELDS, FRAME_FIELD, WORD_FIELD))
+    asked = _questions(record) if seen and not _says(raw, record) else []
+    return [Timed(f"{each.text} {each.answer}") for each in asked] or list(map(Timed, _captions(raw, record)))
+
+
+def _listed_times(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{start, end, text} of every sentence that says something; none where no text has a time."""
+    for name in ("sentences", "sub"):
+        found = record.get(name)
+        listed = found if isinstance(found, list) else [found]
+        if any(isinstance(each, dict) and ("start" in each or "end" in each) for each in listed):
+            if not (isinstance(found, list) and all(isinstance(each, dict) for each in found)):
+                raise ValueError(f"its '{name}' are no list of {{start, end, text}}; write one for each sentence")
+            return [{"start": None, "end": None, "text": None, **each} for each in found if each.get("text") != ""]
+    columns = [record.get(name) for name in ("start", "end", "text")]
+    lists = [column for column in columns if isinstance(column, list)]
+    if len(lists) < len(columns):
+        return []
+    if len({*map(len, lists)}) > 1:
+        raise ValueError(
+            "has {} starts, {} ends and {} texts of sentences; write as many of each".format(*map(len, lists))
+        )
+    named = (dict(zip(("start", "end", "text"), each, strict=True)) for each in zip(*lists, strict=True))
+    return [each for each in named if each["text"] != ""]
+
+
+def _sentence(number: int, told: Mapping[str, Any]) -> Timed:
+    """One sentence of a list. ValueError if its time or text cannot be."""
+    what, text = f"sentence {number}", told["text"]
+    times = [told["start"], told["end"]]
+    if not all(isinstance(time, int | float) and abs(time) < MAX_TIME for time in times):
+        found = " to ".join(map(reprlib.repr, times))
+        raise ValueError(f"{what} is from {found}; write seconds as 'start' and 'end'")
+    if not isinstance(text, str):
+        raise ValueError(f"{what} has a text of {type(text).__name__}; write a string")
+    start, end = map(float, times)
+    if not 0 <= start < end:
+        raise ValueError(f"{what} is from {start:g} s to {end:g} s; it should end after it starts, and not before 0")
+    return Timed(_checked(text, what), start, end)
 
 
 def _questions(record: Mapping[str, Any]) -> list[Sentence]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.words import read_words, word_level
 from vlscale.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -143,6 +144,8 @@ class Tokenizer:
         padding = self._pipeline.padding or {}
         known = (padding.get("pad_id"), self._first(PAD_TOKENS), self.sep)
         self.pad: int = next((i for i in known if i is not None), 0)
+        wordwise = _model(self._pipeline)["type"] == "WordLevel"
+        self.drops = wordwise and self.unk is not None and self.unk == padding.get("pad_id")  # unknown words
         if self.separator and self.sep is None:
             raise ConfigError(
                 f"the family reads texts that end in a token of their own, and the tokenizer of {vocab} adds none; "
@@ -173,7 +176,12 @@ class Tokenizer:
     def _tokens_of(self, text: str) -> list[int]:
         # `encode` also keeps the places of tokens in the text, which takes a fifth longer; a batch is no faster
         found: list[int] = self._pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return found
+        return [i for i in found if i != self.unk] if self.drops else found
+
+    def known(self, text: str) -> Flags:
+        """Which tokens of a text the vocabulary knows, [L], those that are dropped counted."""
+        ids = self._pipeline.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return np.array([i != self.unk for i in ids], dtype=np.bool_)
 
     def token(self, i: int) -> str:
         """The token of id `i`."""
@@ -228,13 +236,14 @@ class Tokenizer:
         return next((i for i in found if i is not None), None)
 
 
-def read_tokenizer(vocab: str | Path, cased: bool = False) -> str:
+def read_tokenizer(vocab: str | Path, cased: bool = False, words: bool = False) -> str:
     """The tokenizer that a file or folder holds, as the text of a tokenizer.json.
 
     Args:
         vocab: BERT's vocab.txt, a tokenizer.json, or a folder with one of them or with CLIP's vocab.json and
             merges.txt (bpe_simple_vocab_16e6 in transformers' files).
         cased: a vocab.txt tells capital letters from small ones (bert-base-cased).
+        words: the file lists whole words (`data.words`), where it is no tokenizer.json.
 
     Raises:
         ConfigError: there is no such file, or it is not what its name says.
@@ -245,6 +254,8 @@ def read_tokenizer(vocab: str | Path, cased: bool = False) -> str:
         return _clip_tokenizer(file)
     if file.suffix == ".json":
         return _tokenizer_json(file)
+    if words:
+        return word_level(read_words(file, cased), cased)
     return wordpiece(_read_vocabulary(file, cased), cased)
 
 

@@ -27,12 +27,16 @@ from vlscale.data.augment import (
     RandomResizedCrop,
     require,
 )
+from vlscale.data.clip_windows import Clips
 from vlscale.data.decode import Crop, Pixels
-from vlscale.data.masking import Ids, MaskTokens, Vocabulary
+from vlscale.data.frames import FrameView
+from vlscale.data.masking import Ids, MaskTokens, Vocabulary, Write
 from vlscale.data.regions import Floats, MaskRegions
 from vlscale.errors import ConfigError, did_you_mean
+from vlscale.types import Inputs
 
 T = TypeVar("T")
+Draw = Callable[[str], Generator]  # the sample's generator for one purpose, such as `text.masked`
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,36 @@ class RegionView:
 
 
 @dataclass(frozen=True)
-class TextView:
-    """One view of the captions: as they are, or masked."""
+class Queries:
+    """So many of a video's sentences are asked for: they are empty in its other texts (HERO: data/vsm.py).
 
+    Of a video with fewer the last one is repeated.
+    """
+
+    number: int = 5
+
+    def __post_init__(self) -> None:
+        require(self.number >= 1, "number", "a whole number from 1")
+
+
+@dataclass(frozen=True)
+class TextView:
+    """One view of the captions: as they are, masked, or to be written by a decoder."""
+
+    queries: Queries | None = None  # of the view `query`, whose rows are these; see `data.clip_samples`
     mask_tokens: MaskTokens | None = None
+    write: Write | None = None  # of the view `target`
+    start: Literal["cls", "sep"] = "cls"  # the token that a text begins with (HERO: sep where no word is restored)
+
+    def __post_init__(self) -> None:
+        require(not (self.write and self.mask_tokens), "write", "left out beside mask_tokens; write.prob hides words")
 
     def __call__(self, ids: Ids, vocabulary: Vocabulary, rng: Generator) -> tuple[Ids, Ids | None]:
         """(ids [L], labels [L] or None where nothing is predicted)."""
-        return self.mask_tokens(ids, vocabulary, rng) if self.mask_tokens else (ids, None)
+        if self.start == "sep" and vocabulary.cls is not None and vocabulary.sep is not None:
+            ids = np.concatenate([[vocabulary.sep], ids[1:]])
+        operation = self.mask_tokens or self.write
+        return operation(ids, vocabulary, rng) if operation else (ids, None)
 
 
 @dataclass(frozen=True)
@@ -133,50 +159,122 @@ class Answers:
 
 @dataclass(frozen=True)
 class Views:
-    """The views that a task builds of every sample, by name (`clean`, `masked`, `augmented`), and its pairs."""
+    """The views that a task builds of every sample, by name (`VIEW_NAMES`), and its pairs."""
 
     visual: Mapping[str, VisualView] = field(default_factory=dict)
     regions: Mapping[str, RegionView] = field(default_factory=dict)  # in the place of `visual`, of such families
+    frames: Mapping[str, FrameView] = field(default_factory=dict)  # and of families that read clips
     text: Mapping[str, TextView] = field(default_factory=dict)
     mismatch: Mismatch | None = None
     swap_tags: SwapTags | None = None
     answers: Answers | None = None
+    clips: Clips | None = None  # of families that read clips, always
 
     def keep_ratio(self) -> dict[str, KeepRatio]:
         """{view: how} of those whose pictures keep their shape."""
         return {name: view.keep_ratio for name, view in self.visual.items() if view.keep_ratio}
 
 
-VIEW_NAMES = ("clean", "masked", "augmented")
-PAIRS = {"mismatch": Mismatch, "swap_tags": SwapTags, "answers": Answers}
+VIEW_NAMES = {
+    "visual": ("clean", "masked", "augmented", "shuffled"),
+    "text": ("clean", "masked", "augmented", "query", "target"),
+}
+OPERATIONS = {  # what a view is nothing without
+    "text": {"masked": "mask_tokens", "query": "queries", "target": "write"},
+    "regions": {"masked": "mask_regions"},
+    "frames": {"masked": "mask_frames", "shuffled": "shuffle_frames"},
+    "visual": {},  # a family picks what is hidden of pixels
+}
+PAIRS = {"mismatch": Mismatch, "swap_tags": SwapTags, "answers": Answers, "clips": Clips}
 
 
-def parse(views: Mapping[str, Mapping[str, Any] | None], regions: bool = False) -> Views:
-    """A recipe's `views` as operations; `regions`: of a family that reads them.
+def parse(views: Mapping[str, Mapping[str, Any] | None], inputs: Inputs | None = None) -> Views:
+    """A recipe's `views` as operations, of a family that reads `inputs` (None = pictures).
 
     {"text.masked": {"mask_tokens": {"prob": 0.15}}, "visual.clean": {}, "pairs.mismatch": {"prob": 0.5}}: a name
     is the modality and the view, each operation has its options, and what is not written has its default.
     ConfigError names the wrong key.
     """
-    visual: dict[str, VisualView] = {}
-    seen: dict[str, RegionView] = {}
-    text: dict[str, TextView] = {}
-    pairs: dict[str, Any] = {}
-    known = [f"{modality}.{view}" for modality in ("visual", "text") for view in VIEW_NAMES]
+    reads = _reads(inputs)
+    clips = reads == "frames"
+    kinds: dict[str, type] = {"frames": FrameView, "regions": RegionView, "visual": VisualView, "text": TextView}
+    made: dict[str, Any] = {name: {} for name in kinds}
+    pairs: dict[str, Any] = {"clips": Clips()} if clips else {}
+    known = [f"{modality}.{view}" for modality, names in VIEW_NAMES.items() for view in names]
     known += [f"pairs.{name}" for name in PAIRS]
     for name, operations in views.items():
         if name not in known:
             raise ConfigError(f"views.{name} is not a view{did_you_mean(str(name), known)}")
         modality, _, view = name.partition(".")
-        if modality == "visual" and regions:
-            seen[view] = _build(RegionView, operations, f"views.{name}", "operation")
-        elif modality == "visual":
-            visual[view] = _build(VisualView, operations, f"views.{name}", "operation")
-        elif modality == "text":
-            text[view] = _build(TextView, operations, f"views.{name}", "operation")
-        else:
+        if modality == "pairs":
             pairs[view] = _build(PAIRS[view], operations, f"views.{name}", "option")
-    return Views(visual, seen, text, **pairs)
+        else:
+            kind = reads if modality == "visual" else modality
+            made[kind][view] = _build(kinds[kind], operations, f"views.{name}", "operation")
+    for view, text in made["text"].items():
+        if text.queries is not None and view != "query":
+            raise ConfigError(f"views.text.{view}.queries is for the view text.query; move it there")
+    asked = [name for name in ("swap_tags", "answers") if clips and name in pairs]
+    if asked:
+        raise ConfigError(f"views.pairs.{asked[0]} is for families that read pictures, and this one reads clips")
+    if "clips" in pairs and not clips:
+        raise ConfigError("views.pairs.clips is for families that read clips, which this one does not; leave it out")
+    if inputs is not None and clips:
+        _check_clips(made["frames"], pairs["clips"], inputs)
+    for kind, modality in ((reads, "visual"), ("text", "text")):
+        for view, operation in _operations(modality, inputs).items():
+            if view in made[kind] and getattr(made[kind][view], operation) is None:
+                raise ConfigError(f"views.{modality}.{view} leaves all as it is; write {{{operation}: {{}}}}")
+    return Views(**made, **pairs)
+
+
+def _check_clips(frames: Mapping[str, FrameView], clips: Clips, inputs: Inputs) -> None:
+    """ConfigError for what would do nothing to the clips that a family reads, or what it cannot be done to."""
+    of_pixels = ("random_crop", "random_resized_crop", "color_jitter", "grayscale", "blur", "flip")
+    wrong: dict[str, str] = {}
+    if not inputs.image_size:
+        wrong |= dict.fromkeys(of_pixels, "is of pixels, which this family does not read; leave it out")
+    if inputs.image_size or inputs.codes:
+        wrong["pool_frames"] = "is of features, which this family does not read; leave it out"
+    if inputs.codes:
+        wrong["mask_frames"] = "hides what this family does not read; of visual words write mask_words"
+    else:
+        wrong["mask_words"] = "hides what this family does not read; of frames write mask_frames"
+    if inputs.sentences:
+        whole = "takes frames away that sentences go with, and this family reads all of a video; leave it out"
+        wrong |= dict.fromkeys(("skip_frames", "pool_frames"), whole)
+    for view, operations in frames.items():
+        for name, reason in wrong.items():
+            if getattr(operations, name) is not None:
+                raise ConfigError(f"views.visual.{view}.{name} {reason}")
+    idle = {} if inputs.image_size else {"fps": "is of pixels, which this family does not read; leave it out"}
+    if inputs.sentences:
+        cut = ("number", "choice", "candidates", "least_seconds", "least_words", "longer_by", "join", "untimed_frames")
+        idle |= dict.fromkeys(cut, "does nothing, for this family reads a video with all its sentences; leave it out")
+    for name, reason in idle.items():
+        if getattr(clips, name) != getattr(Clips(), name):
+            raise ConfigError(f"views.pairs.clips.{name} {reason}")
+
+
+def example(name: str, inputs: Inputs) -> str:
+    """The least that a recipe may say of the view `name`, e.g. `{mask_tokens: {}}`."""
+    modality, _, view = name.partition(".")
+    operation = _operations(modality, inputs).get(view)
+    return f"{{{operation}: {{}}}}" if operation else "{}"
+
+
+def _reads(inputs: Inputs | None) -> str:
+    """What of pictures or clips a family reads (None = pictures): frames, regions or visual."""
+    if inputs is None:
+        return "visual"
+    return "frames" if inputs.frames else "regions" if inputs.regions else "visual"
+
+
+def _operations(modality: str, inputs: Inputs | None) -> dict[str, str]:
+    """{view: what it is nothing without}."""
+    if modality == "visual" and inputs is not None and inputs.codes:
+        return {**OPERATIONS["frames"], "masked": "mask_words"}
+    return OPERATIONS.get(_reads(inputs) if modality == "visual" else modality, {})
 
 
 def _build(kind: type[T], options: Any, where: str, noun: str) -> T:

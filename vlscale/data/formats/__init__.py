@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 CAPTIONED = ("albef_json", "coco", "karpathy", "flickr30k", "cc_tsv")  # name pictures and their captions
 ASKED = ("vqa", "gqa", "nlvr2", "refcoco", "snli_ve")  # name pictures and what is asked or said of them
 FOLDERS = ("folder", "npz", "lxmert_tsv", "uniter_lmdb", "oscar_tsv", "vlp")  # pictures or regions, texts apart
-FORMATS = (*CAPTIONED, "img2dataset", *ASKED, *FOLDERS)
-SPLIT = ("karpathy", "flickr30k", "refcoco")  # whose files hold several splits
+VIDEOS = ("clips", "frame_features")  # clips or their frames' features, what is said in them apart
+FORMATS = (*CAPTIONED, "img2dataset", *ASKED, *FOLDERS, *VIDEOS)
+SPLIT = ("karpathy", "flickr30k", "refcoco", *VIDEOS)  # whose files hold several splits
 
 
 def open_source(
@@ -27,12 +28,14 @@ def open_source(
     class_names: Path | None = None,
     images: Path | None = None,
     split: Sequence[str] = (),
+    rates: Sequence[float] = (),
 ) -> Source[Any]:
     """The source that `paths` hold in format `name`.
 
     `captions` are files (for `uniter_lmdb` the text DBs' folders), `vocab` the vocab.txt of token ids, `class_names`
     the names of the detector's classes, one per line, `images` the folder that relative picture paths are in, `split`
-    the parts to take of a file that holds several (all if empty). ConfigError for a wrong option, DataError for a path
+    the parts to take of a file that holds several (all if empty), `rates` the rows a second of each folder of frames'
+    features (1 if empty). ConfigError for a wrong option, DataError for a path
     that is missing or holds something else.
     """
     if name not in FORMATS:
@@ -40,7 +43,8 @@ def open_source(
     for option, value, readers in (
         ("images", images, (*CAPTIONED, *ASKED)),
         ("split", split, SPLIT),
-        ("captions", captions, FOLDERS),
+        ("captions", captions, (*FOLDERS, *VIDEOS)),
+        ("rates", rates, ("frame_features",)),
     ):
         if value and name not in readers:
             raise ConfigError(f"--{option} is not read by {name}, only by {', '.join(readers)}; leave it out")
@@ -53,6 +57,6 @@ def open_source(
         if path.suffix == ".tar":
             raise DataError(f"{path} is a shard already: train on it as it is (data.train='{path}')")
     module = importlib.import_module(f"vlscale.data.formats.{name}")
-    options = module.Options(tuple(captions), vocab, class_names, images, tuple(split))
+    options = module.Options(tuple(captions), vocab, class_names, images, tuple(split), tuple(rates))
     source: Source[Any] = module.source(found, options)
     return source

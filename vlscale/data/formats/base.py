@@ -46,6 +46,7 @@ class Options(NamedTuple):
     class_names: Path | None = None
     images: Path | None = None  # folder that relative picture paths are in
     split: tuple[str, ...] = ()  # which parts of a file that holds several; empty: all
+    rates: tuple[float, ...] = ()  # rows a second of each folder of frames' features; empty: one
 
 
 def optional(module: str) -> Any:
@@ -161,14 +162,18 @@ def to_pixels(boxes: NDArray[Any], width: int, height: int, normalised: bool) ->
 def files_in(paths: Sequence[Path], pattern: str, what: str) -> Iterator[tuple[Path, Path]]:
     """(folder, file) of the files that `paths` are or hold, sorted, but for hidden ones. DataError if there is none."""
     found = False
+    other: Path | None = None  # the first file that is none
     for path in paths:
         folder = path if path.is_dir() else path.parent
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if not hidden and file.is_file() and re.fullmatch(pattern, file.name, re.IGNORECASE):
+            if hidden or not file.is_file():
+                continue
+            if re.fullmatch(pattern, file.name, re.IGNORECASE):
                 found = True
                 yield folder, file
+            other = other or file
     if not found:
-        known = [(path, name) for path in paths if path.is_file() and (name := recognise.format_in(path))]
-        hint = f"; {known[0][0].name} looks like {known[0][1]}: write --from {known[0][1]}" if known else ""
+        known = recognise.format_in(other) if other else ""
+        hint = f"; {other.name} looks like {known}: write --from {known}" if other and known else ""
         raise DataError(f"{', '.join(map(str, paths))} holds no {what}{hint}")

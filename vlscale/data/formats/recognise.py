@@ -39,6 +39,11 @@ TABLES = (  # format, its first line
     ("cc_tsv", r"https?://\S+\t[^\t]+|[^\t]+\thttps?://\S+|(caption\turl|url\tcaption)"),
     ("lxmert_tsv", r"[^\t]+(\t[^\t]+){5}|[^\t]+(\t[^\t]+){9}"),
 )
+ENDS = (  # format, what its files' names end in
+    ("clips", r"mp4|m4v|mov|webm|mkv|gif"),
+    ("frame_features", r"npy"),
+    ("folder", r"jpe?g|png|webp"),
+)
 LOOKED_AT = 100  # records that tell the format
 HEAD = 1 << 20  # bytes in which a first line ends
 
@@ -147,6 +152,8 @@ def table_format(line: str) -> str:
 
 def format_in(path: Path) -> str:
     """The format that a file is in; empty if it is none of ours or cannot be read."""
+    if named := next((name for name, ends in ENDS if re.fullmatch(ends, path.suffix[1:], re.IGNORECASE)), ""):
+        return named
     try:
         first = first_line(path)
         return format_of(read(path, "albef_json")) if first[:1] in ("{", "[") else table_format(first)

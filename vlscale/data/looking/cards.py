@@ -11,7 +11,7 @@ import simplejpeg
 from vlscale.data import detections
 from vlscale.data.decode import Pixels, decode, resize
 from vlscale.data.looking.describe import statements_of
-from vlscale.data.looking.inspect import first_frame, kind_of, record_of, size_of
+from vlscale.data.looking.inspect import clip_frames, kind_of, record_of, size_of
 from vlscale.data.samples import MAX_MEMBER_BYTES, BrokenSampleError, Sentence, sentences
 from vlscale.data.shards import Shards
 from vlscale.errors import DataError
@@ -19,6 +19,7 @@ from vlscale.errors import DataError
 CARDS = 48
 SIDE = 240  # pixels of a small picture's longer side; of two in one sample, 160 each
 PICTURES, BOXES, TEXTS, TAGS = 2, 12, 5, 12  # shown of one sample at most
+STRIP = 3  # frames of a clip, side by side
 LETTERS = 300  # of a text at most
 
 
@@ -109,11 +110,9 @@ def _thumbnails(raw: Mapping[str, bytes], record: Mapping[str, Any], notes: list
         if kind_of(field) == "regions" and not shown:
             yield from _regions_alone(raw, field, record, notes)
     for number, field in enumerate(shown[:PICTURES]):
-        if field == "mp4":
-            notes.append(f"{field}: a clip of {len(raw[field])} bytes")
-            continue
+        clip = kind_of(field) == "video"
         try:
-            pixels = first_frame(raw[field]) if field == "gif" else decode(raw[field])
+            pixels = np.concatenate(clip_frames(raw[field], STRIP), axis=1) if clip else decode(raw[field])
         except ValueError as error:
             notes.append(f"{field}: {error}")
             continue

@@ -14,6 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vlscale.data import detections, parallel
+from vlscale.data.clip_files import read_tracks
+from vlscale.data.clips import Clip
 from vlscale.data.decode import picture_size
 from vlscale.data.looking.inspect import kind_of, record_of, size_of
 from vlscale.data.samples import BrokenSampleError, Sentence, sentences
@@ -39,6 +41,8 @@ class Tally:
     captions: Counter[int] = field(default_factory=Counter)  # of a sample
     sides: Counter[tuple[int, int]] = field(default_factory=Counter)  # width and height of a picture
     regions: Counter[int] = field(default_factory=Counter)  # of a sample
+    frames: Counter[int] = field(default_factory=Counter)  # of a sample whose features there are
+    seconds: Counter[float] = field(default_factory=Counter)  # of a clip
     feature_widths: Counter[int] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
     classes: int = 0  # the most seen
@@ -68,6 +72,13 @@ class Tally:
     def _add_member(self, kind: str, name: str, raw: Mapping[str, bytes]) -> None:
         if kind == "picture":
             self.sides[picture_size(raw[name])] += 1
+        elif kind == "video":
+            with Clip(raw[name]) as clip:
+                self.seconds[round(clip.duration, 3)] += 1
+        elif kind == "frames":
+            tracks = read_tracks(raw[name])
+            self.frames[max(len(track.rows) for track in tracks)] += 1
+            self.feature_widths[sum(track.rows.shape[1] for track in tracks)] += 1
         elif kind == "regions":
             found = detections.read_regions(raw[name], size_of(raw))
             self.regions[len(found.features)] += 1
@@ -162,6 +173,8 @@ def _figures(tally: Tally) -> dict[str, Any]:
         "picture_height": spread(heights),
         "aspect_ratio": spread(ratios),
         "regions_per_sample": spread(tally.regions),
+        "frames_per_sample": spread(tally.frames),
+        "clip_seconds": spread(tally.seconds),
         "feature_width": {str(width): count for width, count in tally.feature_widths.most_common()} or None,
         "classes": tally.classes or None,
         "attributes": tally.attributes or None,
@@ -176,6 +189,7 @@ def _figures(tally: Tally) -> dict[str, Any]:
             "picture_short_side": histogram(short_sides),
             "aspect_ratio": _binned(ratios, SHAPES),
             "regions_per_sample": histogram(tally.regions),
+            "frames_per_sample": histogram(tally.frames),
         },
     }
 

@@ -13,22 +13,32 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vlscale.data import detections, parallel
-from vlscale.data.arrays import read_arrays
-from vlscale.data.decode import MAX_PIXELS, Pixels, decode, picture_size
+from vlscale.data.clip_files import read_tracks
+from vlscale.data.clips import Clip
+from vlscale.data.decode import Crop, Pixels, decode, picture_size
 from vlscale.data.making import checksums
-from vlscale.data.samples import MAX_MEMBER_BYTES, PICTURE_FIELDS, BrokenSampleError, read_json, sentences
+from vlscale.data.samples import (
+    CLIP_FIELDS,
+    FRAME_FIELD,
+    MAX_MEMBER_BYTES,
+    PICTURE_FIELDS,
+    REGION_FIELD,
+    WORD_FIELD,
+    BrokenSampleError,
+    read_json,
+    sentences,
+)
 from vlscale.data.shards import Patterns, Shards, expand
 from vlscale.data.storage.stores import PIPE, StoreOptions, Stores, scheme, shown
 from vlscale.errors import ConfigError, DataError
 
+SEEN = ("picture", "video", "regions", "frames", "visual words")
 ENDS = ("jpg", "jpeg", "png", "webp")
-VIDEOS = {"gif": (0, b"GIF8"), "mp4": (4, b"ftyp")}  # field -> where its mark stands
 NAMED = 1_000  # problems that a report names, and the first few of each kind; all are counted
 OF_EACH_KIND = 10
 STRETCH = 32  # samples that a process looks at in one go
@@ -268,9 +278,11 @@ def _faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str, str
         except ValueError as error:
             faulty.add(field)
             yield kind, field, f"{field}: {error}"
-    if not any(kind_of(field) in ("picture", "video", "regions", "frames") for field in sizes):
+    if not any(kind_of(field) in SEEN for field in sizes):
         yield "no visual", "", f"there is no picture, video, regions.npz or frames.npz, only {', '.join(sizes)}"
-    if "caption" in record_of(raw) or ("txt" in raw and not faulty & {"json", "txt"}):  # else it is told already
+    record = record_of(raw)
+    told = any(name in record for name in ("caption", "sentences", "sub"))
+    if told or ("txt" in raw and not faulty & {"json", "txt"}):  # else it is told already
         try:
             sentences(shards, i)
         except BrokenSampleError as error:
@@ -278,12 +290,13 @@ def _faults(shards: Shards, i: int, quick: bool) -> Iterator[tuple[str, str, str
 
 
 def kind_of(field: str) -> str:
-    """What a member is: picture, video, json, txt, regions, frames or other."""
+    """What a member is: picture, video, json, txt, regions, frames, visual words or other."""
     if field in PICTURE_FIELDS or field.split(".")[-1] in ENDS:
         return "picture"
-    if field in VIDEOS:
+    if field in CLIP_FIELDS:
         return "video"
-    return {"json": "json", "txt": "txt", "regions.npz": "regions", "frames.npz": "frames"}.get(field, "other")
+    named = {REGION_FIELD: "regions", FRAME_FIELD: "frames", WORD_FIELD: "visual words"}
+    return field if field in ("json", "txt") else named.get(field, "other")
 
 
 def _check(kind: str, field: str, raw: Mapping[str, bytes], quick: bool) -> None:
@@ -292,7 +305,7 @@ def _check(kind: str, field: str, raw: Mapping[str, bytes], quick: bool) -> None
     if kind == "picture":
         picture_size(data) if quick else decode(data)
     elif kind == "video":
-        _check_video(field, data)
+        clip_frames(data, 1 if quick else 4)
     elif kind == "json":
         _check_record(data)
     elif kind == "txt":
@@ -300,38 +313,21 @@ def _check(kind: str, field: str, raw: Mapping[str, bytes], quick: bool) -> None
     elif kind == "regions":
         detections.read_regions(data, size_of(raw), numbers=not quick)
     elif kind == "frames":
-        _check_frames(data)
+        _check_frames(data, "features")
+    elif kind == "visual words":
+        _check_frames(data, "codes")
 
 
-def _check_video(field: str, data: bytes) -> None:
-    place, mark = VIDEOS[field]
-    if data[place : place + len(mark)] != mark:
-        raise ValueError(f"it is no {field}")
-    if field == "gif":
-        first_frame(data)
+def clip_frames(data: bytes, count: int) -> list[Pixels]:
+    """`count` frames of a clip, evenly spaced, uint8 RGB [H, W, 3]. ValueError if it cannot be decoded."""
+    with Clip(data) as clip:
+        whole = Crop(0, 0, clip.height, clip.width, (clip.height, clip.width))
+        return list(clip.frames([clip.duration * (n + 0.5) / count for n in range(count)], whole))
 
 
-def first_frame(data: bytes) -> Pixels:
-    """uint8 RGB [H, W, 3] of a GIF. ValueError if it cannot be decoded."""
-    width, height = (int.from_bytes(data[start : start + 2], "little") for start in (6, 8))
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise ValueError("it is damaged or cut short")
-    frame: Pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return frame
-
-
-def _check_frames(data: bytes) -> None:
-    arrays = read_arrays(data)
-    features, times = arrays.get("features"), arrays.get("times")
-    if features is None or features.ndim != 2 or not features.shape[0]:
-        raise ValueError("it has no features of the shape [frames, width]")
-    if not np.isfinite(features).all():
+def _check_frames(data: bytes, name: str) -> None:
+    if any(not np.isfinite(track.rows).all() for track in read_tracks(data, name)):
         raise ValueError("features hold a number that is not finite")
-    if times is not None and (times.shape != features.shape[:1] or not np.isfinite(times).all()):
-        raise ValueError(f"times are not {features.shape[0]} finite numbers, one per frame")
 
 
 def _check_record(data: bytes) -> None:

@@ -48,6 +48,7 @@ HISTOGRAMS = {  # of the figures -> heading
     "picture_short_side": "Short side of a picture, pixels",
     "aspect_ratio": "Width over height of a picture",
     "regions_per_sample": "Regions of a sample",
+    "frames_per_sample": "Frames of a sample",
 }
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vlscale.data import parallel
 from vlscale.data.detections import Detections, write_regions
 from vlscale.data.making import checksums
+from vlscale.data.making.frames import Stream, write_frames
 from vlscale.data.making.manifest import Finished, Manifest
 from vlscale.data.making.shrink import Shrink
 from vlscale.data.shards import Shards, load_index
@@ -37,6 +38,7 @@ class Sample(NamedTuple):
     picture: tuple[str, bytes] | None = None  # field (`jpg`, `png`, `webp`) and the bytes as they are
     regions: Detections | None = None
     more: tuple[tuple[str, bytes], ...] = ()  # further members: the second picture (`1.jpg`), a clip (`mp4`)
+    frames: tuple[Stream, ...] = ()  # features of its frames, a stream for each rate
 
 
 class Source(Protocol[_Item]):
@@ -180,10 +182,12 @@ class _Job:
 
 
 def encode(sample: Sample, dtype: str) -> dict[str, bytes]:
-    """The members of a sample by field: pictures, `regions.npz`, `json`. ValueError if its regions are broken."""
+    """The members of a sample by field: pictures, clip, `regions.npz`, `frames.npz`, `json`. ValueError if broken."""
     fields = dict([*([sample.picture] if sample.picture else []), *sample.more])
     if sample.regions:
         fields["regions.npz"] = write_regions(sample.regions, dtype)
+    if sample.frames:
+        fields["frames.npz"] = write_frames(sample.frames, dtype)
     fields["json"] = json.dumps(sample.record, ensure_ascii=False).encode()
     return fields
 
@@ -307,18 +311,24 @@ class _Tar:
         self._hidden.unlink(missing_ok=True)
 
 
-def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Member]], named: int = 10) -> Written:
+def rewrite(
+    shards: Shards,
+    folder: Path,
+    change: Callable[[range], Iterator[Member]],
+    named: int = 10,
+    whole: Collection[str] = (),
+) -> Written:
     """Copies of `shards` in `folder`, shard by shard and under the same names, of what `change` makes of their samples.
 
     `change` is given the numbers of a shard's samples. Each copy is written whole or not at all; broken samples are
-    left out and the first `named` of them named. ConfigError if the folder holds one of the shards already, DataError
-    if no sample could be written.
+    left out and the first `named` of them named. Copies named in `whole` are there already. ConfigError if the folder
+    holds another of the shards, DataError if no sample could be written.
     """
     names = [os.path.basename(path) for path in shards.paths]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"two shards are named {twice}; write their copies to two folders")
-    if there := [folder / name for name in names if (folder / name).exists()]:
+    if there := [folder / name for name in names if name not in whole and (folder / name).exists()]:
         raise ConfigError(f"{there[0]} is there already; write another --to, or remove the old shards")
     sums: dict[str, str] = {}
     broken: list[tuple[str, str]] = []
@@ -326,6 +336,11 @@ def rewrite(shards: Shards, folder: Path, change: Callable[[range], Iterator[Mem
     try:
         with _folder(folder), tqdm(total=len(shards), unit="sample", disable=None) as progress:
             for number, name in enumerate(names):
+                if name in whole:
+                    sums[name] = checksums.sha256(folder / name)
+                    samples += (before := len(Shards(folder / name)))
+                    progress.update(before)
+                    continue
                 members = change(range(shards.start(number), shards.start(number + 1)))
                 written, digest = _copy(folder / name, members, broken, progress)
                 samples += written

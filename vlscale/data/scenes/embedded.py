@@ -1,7 +1,8 @@
 """The embedded data set: drawn scenes as shards. Made in seconds, always the same.
 
 Each sample has a picture and a json with its caption, the names and boxes of its things, and questions; those for
-families that read regions also have what a detector would tell.
+families that read regions also have what a detector would tell. For families that read clips there are videos, with
+sentences in time, frames' features and visual words.
 """
 
 from __future__ import annotations
@@ -10,24 +11,33 @@ import json
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from io import BytesIO
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import av
 import numpy as np
+from numpy.typing import NDArray
 
 from vlscale.data.decode import Pixels
 from vlscale.data.scenes.drawing import scenes
+from vlscale.data.scenes.frames import features, grow
+from vlscale.data.scenes.moving import FPS, SIDE, Video, videos
 from vlscale.data.scenes.questions import questions
 from vlscale.data.scenes.regions import detect, npz
 from vlscale.data.shards import cache_folder
 from vlscale.data.storage.whole import whole_folder
+from vlscale.data.visual_words import Codebook, write_codebook, write_words
 from vlscale.errors import ConfigError
 
 PER_SHARD = 4_096
 FOLDER = "scenes-2"  # the number rises when anything in the samples changes
+CLIPS = "clips-1"  # likewise
+CODEBOOK = "codebook.safetensors"  # of its visual words
+TREE_OF = 160  # training videos whose features the visual words come from
 
 
 class Embedded(NamedTuple):
@@ -37,17 +47,17 @@ class Embedded(NamedTuple):
     val: list[Path]
 
 
-def ensure(cache: Path | None = None, regions: bool = False) -> Embedded:
+def ensure(cache: Path | None = None, regions: bool = False, clips: bool = False) -> Embedded:
     """The shards in `cache` (default `cache_folder()`), drawn on first use, by several processes if need be.
 
-    With `regions`, other shards of the same samples, which have a `regions.npz` too. ConfigError if the folder
-    cannot be written.
+    With `regions`, other shards of the same samples, which have a `regions.npz` too. With `clips`, the videos.
+    ConfigError if the folder cannot be written.
     """
     root = (cache or cache_folder()).expanduser()
-    folder = root / (f"{FOLDER}-regions" if regions else FOLDER)
+    folder = root / (CLIPS if clips else f"{FOLDER}-regions" if regions else FOLDER)
     if not folder.is_dir():
         try:
-            _make(root, folder, regions)
+            _make(root, folder, regions, clips)
         except OSError as error:
             raise ConfigError(
                 f"the embedded data set cannot be written to {root} ({error.strerror}); "
@@ -56,12 +66,14 @@ def ensure(cache: Path | None = None, regions: bool = False) -> Embedded:
     return Embedded(sorted(folder.glob("train-*.tar")), sorted(folder.glob("val-*.tar")))
 
 
-def _make(root: Path, folder: Path, regions: bool) -> None:
+def _make(root: Path, folder: Path, regions: bool, clips: bool) -> None:
     """Write beside, then rename; where another process was faster, its folder stays."""
     root.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as scratch:
-        _write(samples(False, regions), scratch, "val")
-        _write(samples(True, regions), scratch, "train")
+        for train, split in ((False, "val"), (True, "train")):
+            _write(clip_samples(train) if clips else samples(train, regions), scratch, split)
+        if clips:
+            write_codebook(visual_words(), scratch / CODEBOOK)
 
 
 def samples(train: bool, regions: bool) -> Iterator[dict[str, bytes]]:
@@ -72,6 +84,33 @@ def samples(train: bool, regions: bool) -> Iterator[dict[str, bytes]]:
         record = {**scene.record(), "qa": questions(scene, asking)}
         fields = {"png": _png(pixels), "json": json.dumps(record).encode()}
         yield {**fields, "regions.npz": npz(detect(scene, pixels, detecting))} if regions else fields
+
+
+def clip_samples(train: bool, number: int | None = None) -> Iterator[dict[str, bytes]]:
+    """The fields of every video of a split, or of the first `number`: mp4, json, frames.npz and visual_words.npz."""
+    tree = visual_words()
+    for video, frames, seen in _filmed(train, number):
+        words = tree(seen["features"]).codes
+        yield {
+            "mp4": _mp4(frames),
+            "json": json.dumps(video.record()).encode(),
+            "frames.npz": npz(seen),
+            "visual_words.npz": write_words(words, seen["times"]),
+        }
+
+
+@lru_cache(maxsize=1)
+def visual_words() -> Codebook:
+    """The tree that their visual words come from."""
+    return grow([seen["features"] for _, _, seen in _filmed(True, TREE_OF)])
+
+
+def _filmed(train: bool, number: int | None) -> Iterator[tuple[Video, list[Pixels], dict[str, NDArray[Any]]]]:
+    """Each video with its frames and their features."""
+    rng = np.random.Generator(np.random.PCG64([24, train]))
+    for video in islice(videos(train), number):
+        frames = list(video.draw())
+        yield video, frames, features(video, frames, rng)
 
 
 def _write(drawn: Iterable[dict[str, bytes]], folder: Path, split: str) -> None:
@@ -100,3 +139,17 @@ def _png(pixels: Pixels) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
+
+
+def _mp4(frames: Sequence[Pixels]) -> bytes:
+    """MPEG-4 at its best quality with a key frame every second, by one thread: the same bytes every time."""
+    file = BytesIO()
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mpeg4", rate=FPS, options={"qmin": "1", "qmax": "2", "g": str(FPS)})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
