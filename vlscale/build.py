@@ -7,12 +7,13 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vlscale import agreement, config, cores, distributed, ds_config, engine, preflight, run_folder, vocabulary
+from vlscale import agreement, config, cores, distributed, ds_config, engine, preflight, run_folder, towers, vocabulary
 from vlscale.config import RunConfig
 from vlscale.data import held_out
 from vlscale.data import views as view_data
@@ -30,7 +31,7 @@ from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.evaluation.base import usual_task
 from vlscale.families.base import Family
-from vlscale.model import PretrainModel, Task, check_served
+from vlscale.model import PretrainModel, Task
 from vlscale.objectives.base import Objective
 from vlscale.options import InitConfig
 from vlscale.recompute import set_activation_checkpointing
@@ -38,6 +39,7 @@ from vlscale.saving import begin, checkpoint
 from vlscale.saving.checkpoint import Checkpoint
 from vlscale.saving.disk import checkpoint_bytes, still_needed
 from vlscale.saving.targets import write_atomically
+from vlscale.served import check_served
 from vlscale.types import Batch
 from vlscale.watchdog import limits, patience
 from vlscale.weights import init_towers, init_whole, owners
@@ -105,11 +107,9 @@ def setup(request: Request, elsewhere: Elsewhere | None = None) -> Setting:
     decided = ds_config.Decided(run.recipe, run.data.batch, run.data.micro_batch, run.optim.clip)
     world = elsewhere.ranks if elsewhere else int(os.environ.get("WORLD_SIZE", "1"))
     ds = ds_config.merge(ds, request.ds_path, decided, world)
-    warnings: list[str] = []
+    warnings = [unused] if (unused := unused_weights(run.data)) else []
     cores.share()
     train, sources, val = open_shards(run)
-    if unused := unused_weights(run.data):
-        warnings.append(unused)
     make_order(sources, run.data, run.seed)  # a mistake in weights is told before anything slow
     device = torch.device("cpu") if elsewhere else _join(run)
     asked = (request.out, run.checkpoint.to, config.dump(run), request.resume)
@@ -125,13 +125,16 @@ def setup(request: Request, elsewhere: Elsewhere | None = None) -> Setting:
     first = begin.find(*asked, warnings.append, request.until)
     asks, inputs = _asks(run), run.family.inputs
     began = out if first is None else checkpoint.run_of(first)
-    read = {"questions": asks, "tags": inputs.tags}
-    kept = agreement.by_rank_0(lambda: vocabulary.find_tokenizer(run.text, began, train, run.family.vocab, **read))
+    read = {"questions": asks, "tags": inputs.tags, "words": inputs.words}
+    words = run.family.vocab - (inputs.marks is not None)  # one id is no word's
+    find = partial(vocabulary.find_tokenizer, run.text, began, train, words, vectors=run.init.text, **read)
+    kept = agreement.by_rank_0(find)
     answers = (
         agreement.by_rank_0(lambda: vocabulary.find_answers(run.text, began, train, _most_answers(run))) if asks else ""
     )
     tokenizer = vocabulary.make_tokenizer(kept, inputs)
-    vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs.regions > 0))
+    vocabulary.check_marks(tokenizer, inputs.marks)
+    vocabulary.check_tokenizer(tokenizer, run.family.vocab, view_data.parse(run.views, inputs))
     budget = Budget(run.data.bad_budget, run.data.bad_always)
     preflight.check(
         train,
@@ -143,8 +146,9 @@ def setup(request: Request, elsewhere: Elsewhere | None = None) -> Setting:
         disk=0 if request.until is not None else _disk(run, out),  # who goes on for a replay saves nothing
         questions=asks,
         budget=budget,
+        texts=_reads_texts(run),
     )
-    preflight.check_held_out(val, tokenizer, inputs, run.text.kept_words, asks, budget)
+    preflight.check_held_out(val, tokenizer, inputs, run.text.kept_words, asks, budget, _reads_texts(run))
     noted: tuple[str, ...] = ()
     if distributed.rank() == 0:
         noted = (*warnings, *vocabulary.warn_of_cut(tokenizer, train, run.text, questions=asks))
@@ -192,24 +196,35 @@ def open_shards(run: RunConfig) -> Opened:
         if not value:
             raise ConfigError(f"recipe '{run.recipe}' names no data.{key}; write data.{key}='FOLDER/*.tar'")
     embedded = any(EMBEDDED in globs for value in given.values() for globs in named(value or ()).values())
-    drawn = scenes.ensure(regions=run.family.inputs.regions > 0) if embedded else None
+    inputs = run.family.inputs
+    drawn = scenes.ensure(regions=inputs.regions > 0, clips=inputs.frames > 0) if embedded else None
     stores = run.data.stores()
     train, sources = open_sources(given["train"] or (), drawn.train if drawn else (), options=stores)
     return Opened(train, sources, open_sources(given["val"] or (), drawn.val if drawn else (), options=stores)[0])
 
 
-def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: None) -> PretrainModel:
-    """Family + objectives + twin, the same on every rank; `say` hears what it starts from."""
+def build_model(
+    run: RunConfig, say: Callable[[str], None] = lambda message: None, tokenizer: Tokenizer | None = None
+) -> PretrainModel:
+    """Family + objectives + twin, the same on every rank; `say` hears what it starts from.
+
+    Vectors of whole words (`init.text`) need the `tokenizer`, which tells their order; without it they start anew.
+    """
     torch.manual_seed(run.seed)
     family = config.pick("families", run.family_name).build(run.family)
+    words = run.init.text if run.family.inputs.words else None
+    if words and tokenizer:
+        say(vocabulary.fill_words(family.word_embedding, tokenizer, words))
+    begun = towers.start(family, run.init.vision)
     objectives = {name: _objective(name, options, family) for name, options in run.objectives.items()}
-    tasks = {name: Task(task.objectives, task.share) for name, task in run.tasks.items()}
+    tasks = {name: Task(task.objectives, task.share, task.modality) for name, task in run.tasks.items()}
     model = PretrainModel(family, objectives, tasks)
     model.copies_buffers = run.momentum.buffers == "copied"
-    if run.init.weights and (run.init.text or run.init.vision):
-        raise ConfigError("init.weights fills the whole model; leave out init.text and init.vision")
-    if run.init.text or run.init.vision:
-        init_towers(model, run.init.text, run.init.vision)
+    parts = (None if words else run.init.text, None if begun else run.init.vision, run.init.codebook)
+    if run.init.weights and (run.init.text or run.init.vision or any(parts)):
+        raise ConfigError("init.weights fills the whole model; leave out init.text, init.vision and init.codebook")
+    if any(parts):
+        init_towers(model, *parts)
     if run.init.weights:
         done = init_whole(model, run.init.weights)
         say(
@@ -220,7 +235,7 @@ def build_model(run: RunConfig, say: Callable[[str], None] = lambda message: Non
     if missing:
         raise ConfigError(
             f"the objectives read the view(s) {sorted(missing)}, but views gives {sorted(run.views)}; "
-            f"add e.g. views.{min(missing)}={{}}"
+            f"add e.g. 'views.{min(missing)}={view_data.example(min(missing), run.family.inputs)}'"
         )
     return model
 
@@ -307,8 +322,9 @@ def preprocessing(run: RunConfig, answers: Sequence[str], model: PretrainModel) 
     """
 
     def views(task: str) -> Views:
-        wanted = {name: options for name, options in run.views.items() if name in model.views(task)}
-        return view_data.parse(wanted, run.family.inputs.regions > 0)
+        read = model.views(task) | {"pairs.clips"}
+        wanted = {name: options for name, options in run.views.items() if name in read}
+        return view_data.parse(wanted, run.family.inputs)
 
     return Preprocessing(
         views={task: views(task) for task in model.tasks},
@@ -363,6 +379,11 @@ def _asks(run: RunConfig) -> bool:
     return "pairs.answers" in run.views
 
 
+def _reads_texts(run: RunConfig) -> bool:
+    """Whether any task does; clips in which nothing is said are enough for the others."""
+    return not run.tasks or any(task.modality != "visual" for task in run.tasks.values())
+
+
 def _most_answers(run: RunConfig) -> int:
     """How many answers the objectives tell apart."""
     return max((config.answers for config in run.objectives.values() if hasattr(config, "answers")), default=0)
@@ -374,4 +395,4 @@ def _disk(run: RunConfig, out: Path) -> int:
         return 0
     with torch.device("meta"):
         size = checkpoint_bytes(build_model(replace(run, init=InitConfig())), run.optim)
-    return still_needed(size, run.checkpoint, run.steps, out / checkpoint.FOLDER)
+    return still_needed(size, run.checkpoint, run.steps, out / run_folder.CHECKPOINTS)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlscale.cluster import environment
 from vlscale.errors import CheckpointError, ConfigError, DataError, VlscaleError, did_you_mean
 
+if TYPE_CHECKING:
+    from vlscale.data.storage.stores import StoreOptions
+
+STORE_KEYS = tuple(f"data.{name}" for name in ("cache", "cache_gigabytes", "store_patience", "store_timeout", "pipe"))
 CONSEQUENCE = 10.0  # seconds for the launcher to learn which rank ended first
 FAREWELL = 10.0  # seconds for leaving the process group, which may hang
 LOST = re.compile("[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|communicator was aborted")
@@ -53,6 +59,46 @@ def _check_options(words: Iterable[str], options: Sequence[str], hidden: Sequenc
     for name in (word.split("=")[0] for word in words):
         if name not in options:
             raise ConfigError(f"no option {name}{did_you_mean(name, set(options) - set(hidden))}")
+
+
+def shards_argument(parser: argparse.ArgumentParser) -> None:
+    """SHARDS, for launchers that work on some."""
+    text = (
+        f"tar files, URLs, globs, or x-{{000..012}}.tar; how stores are asked, as in a recipe: {', '.join(STORE_KEYS)}"
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help=text)
+
+
+def take_stores(options: argparse.Namespace) -> None:
+    """Of SHARDS and overrides, the words that say how stores are asked become `stores`: StoreOptions, or None.
+
+    Raises:
+        ConfigError: another word of `data.`, or no shards beside them.
+    """
+    words = [*options.shards, *options.overrides]
+    said = [word for word in words if re.match(r"data\.\w+=", word)]
+    options.shards, options.overrides = (
+        [word for word in some if word not in said] for some in (options.shards, options.overrides)
+    )
+    for word in said:
+        if (key := word.partition("=")[0]) not in STORE_KEYS:
+            raise ConfigError(f"'{word}' is no option here{did_you_mean(key, STORE_KEYS)}")
+    if not options.shards:
+        raise ConfigError("write which shards, too: tar files, URLs or globs")
+    options.stores = _stores(said)
+
+
+def _stores(said: Iterable[str]) -> StoreOptions | None:
+    from vlscale import config
+    from vlscale.data.options import DataConfig
+
+    tree: dict[str, Any] = {}
+    for word in said:
+        config.apply_override(tree, word)
+    if not tree:
+        return None
+    data: DataConfig = config.build(DataConfig, tree["data"], "data")
+    return data.stores()
 
 
 def no_overrides(arguments: argparse.Namespace) -> None:
@@ -103,6 +149,40 @@ def _say_once(error: VlscaleError) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """ConfigError for a file that cannot be written, before the work that it is to hold."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"{option} {path} cannot be written: there is no folder {path.parent}; make it, or write another"
+        )
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else "its rights forbid it"
+        raise ConfigError(f"{option} {path} cannot be written: {reason}; write a path that can")
+
+
+def write(option: str, path: Path, text: str) -> None:
+    """UTF-8, in which half a character of somebody's json or file name becomes a question mark. ConfigError if not."""
+    try:
+        path.write_bytes(text.encode(errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); write a path that can") from error
+
+
+def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """The figures of `--json FILE`, if it was asked for."""
+    if path is not None:
+        write("--json", path, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(text: str) -> None:
+    """Print what others have written, which may not write to the terminal as it likes."""
+    from vlscale.data.samples import printable
+
+    print(printable(text))
 
 
 def _is_consequence(error: BaseException) -> bool:

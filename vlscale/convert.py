@@ -38,7 +38,11 @@ OTHERS = {  # systems that are not called as the family they are
     "oscar_plus": System("oscar", {"region_norm": True}),
     "siglip": System("clip", {}, recipe="siglip_vit_b16", names="SIGLIP"),
 }
-WIDTHS = {"hidden": "heads", "visual_width": "visual_heads", "coattention_width": "coattention_heads"}
+WIDTHS = {  # whose numbers of heads no shape tells
+    "hidden": ("heads", "cross_heads", "temporal_heads", "query_heads"),
+    "visual_width": ("visual_heads",),
+    "coattention_width": ("coattention_heads",),
+}
 MODEL = "model.safetensors"
 SHOWN = 6  # names in a message
 
@@ -262,29 +266,35 @@ def _recipe(system: System, recipe: str | None) -> dict[str, Any]:
 
 def _sizes(
     family: Mapping[str, Any], known: Iterable[Size], tensors: Mapping[str, Tensor], overrides: Sequence[str]
-) -> tuple[dict[str, int], Any]:
+) -> tuple[dict[str, Any], Any]:
     """({key: number that shapes tell}, the family's Config)."""
     _, before = config.family_of(family)
     numbers = _plain(before)
-    told: dict[str, int] = {}
+    given = {override.partition("=")[0] for override in overrides}
+    told: dict[str, Any] = {}
     for size in known:
         number = _told(size, tensors)
-        if number:
-            told[size.key] = numbers[size.key] = number if size.change is None else size.change(number, numbers)
+        if not number or (size.change and f"family.{size.key}" in given):
+            continue
+        value = number if size.change is None else size.change(number, numbers)
+        if value is not None:
+            told[size.key] = numbers[size.key] = value
     tree: dict[str, Any] = {"family": {**family, **told}}
     for override in overrides:
         if not override.startswith("family."):
             raise ConfigError(f"'{override}' is no size of the network; write family.key=value, e.g. family.heads=12")
         config.apply_override(tree, override)
-    given = {override.partition("=")[0] for override in overrides}
-    for width, heads in WIDTHS.items():
-        other = width in told and told[width] != getattr(before, width)
-        if other and f"family.{heads}" not in given:
+    made = config.family_of(tree["family"])[1]
+    for width, each in WIDTHS.items():
+        if width == "hidden" and not hasattr(before, "visual_width"):  # CBT: frames are as wide as words
+            each = (*each, *WIDTHS["visual_width"])
+        missing = [f"family.{heads}" for heads in each if hasattr(before, heads) and f"family.{heads}" not in given]
+        if missing and getattr(made, width, 0) != getattr(before, width, 0):
             raise ConfigError(
-                f"the file's network is {told[width]} wide, and shapes do not tell its heads; add family.{heads}=NUMBER"
+                f"the file's network is {getattr(made, width)} wide, and shapes do not tell its heads; "
+                f"add {' '.join(f'{heads}=NUMBER' for heads in missing)}"
             )
-    changed = {key: value for key, value in told.items() if f"family.{key}" not in given}
-    return changed, config.family_of(tree["family"])[1]
+    return {key: value for key, value in told.items() if f"family.{key}" not in given}, made
 
 
 def _told(size: Size, tensors: Mapping[str, Tensor]) -> int:

@@ -19,12 +19,18 @@ from vlscale.saving import checkpoint
 
 
 def evaluate(
-    path: str, task: str | None, data: Sequence[str] | None, batch: int = 64, limit: int | None = None
+    path: str,
+    task: str | None,
+    data: Sequence[str] | None,
+    batch: int = 64,
+    limit: int | None = None,
+    windows: int | None = None,
 ) -> dict[str, Any]:
     """The figures of one task (None = the family's usual one) on shards (None = the run's own validation shards).
 
     Raises:
-        ConfigError: no such task, or the model cannot do it; a `limit` (0 = all) or `batch` that counts nothing.
+        ConfigError: no such task, or the model cannot do it; a `limit` (0 = all), `batch` or `windows` that counts
+            nothing.
         CheckpointError: there is no usable checkpoint at `path`.
         DataError: the shards are missing or unusable.
     """
@@ -32,6 +38,8 @@ def evaluate(
         raise ConfigError(f"--batch should be at least 1 (got {batch})")
     if limit is not None and limit < 0:
         raise ConfigError(f"--limit should be at least 0, which means all samples (got {limit})")
+    if windows is not None and windows < 1:
+        raise ConfigError(f"--windows should be at least 1 (got {windows})")
     if task is not None:
         config.pick("evaluation", task)  # a wrong name is said at once
     found = checkpoint.find(path)
@@ -51,6 +59,7 @@ def evaluate(
         build.preprocessing(run, answers, model),
         batch=batch,
         limit=run.evaluation.limit if limit is None else limit,
+        windows=windows or run.evaluation.windows,
     )
     measured: Found = config.pick("evaluation", task or usual_task(model.family)).measure(held)
     return {"step": found.step, **measured.metrics}

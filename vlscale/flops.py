@@ -14,7 +14,7 @@ RECOMPUTING = ("full", "offload", "deepspeed")  # modes that run every block a s
 class Flops(NamedTuple):
     """FLOPs of one micro-batch (a multiply-add counts 2), matrix products only."""
 
-    model: int  # what the method asks: online passes and heads three times, the twin's once
+    model: int  # what the method asks: online passes and heads three times, the twin's and frozen ones once
     forward: int  # one forward pass, twin and heads included
     hardware: int  # `model` and what activation checkpointing makes again
 
@@ -86,8 +86,11 @@ def step_flops(model: PretrainModel, batch: Batch, mode: str = "none") -> Flops:
                 own.append((name, number))
     online = twin = 0.0
     for name, number in [*shared.items(), *own]:
-        cost = number * _pass(model, batch, name)
-        online, twin = (online, twin + cost) if name.startswith("momentum.") else (online + cost, twin)
+        verb = name.removeprefix("momentum.").partition(":")[0]
+        for part in ("encode_visual", "tower") if verb == "encode_visual" else (verb,):
+            cost = number * _pass(model, batch, name, part == "tower")
+            watched_alone = name.startswith("momentum.") or part in model.family.frozen
+            online, twin = (online, twin + cost) if watched_alone else (online + cost, twin)
     heads = [objective.head_flops(batch) for _, objective in asked]
     trained, watched = sum(head for head, _ in heads), sum(head for _, head in heads)
     forward = online + twin + trained + watched
@@ -96,15 +99,28 @@ def step_flops(model: PretrainModel, batch: Batch, mode: str = "none") -> Flops:
     return Flops(round(needed), round(forward), round(needed + again))
 
 
-def _pass(model: PretrainModel, batch: Batch, name: str) -> int:
-    """FLOPs of one pass over the micro-batch; text is as long as its view's padding, and may have several rows
-    per sample (candidate captions). All views of the pictures are of one size."""
+def _pass(model: PretrainModel, batch: Batch, name: str, tower: bool = False) -> int:
+    """FLOPs of one pass over the micro-batch, or of the tower in it; text is as long as its view's padding, and may
+    have several rows per sample (candidate captions). All views of the pictures are of one size."""
     verb, *views = name.removeprefix("momentum.").split(":")
     known = [view for view in views if view in batch.text]
     ids = batch.text[known[0] if known else next(iter(batch.text))].ids if batch.text else None
-    rows = len(ids) if ids is not None and verb == "encode_text" else len(batch)
     length = 0 if ids is None else ids.shape[1]
     feats = next(iter(batch.visual.values())).feats if batch.visual else None
+    if verb == "fuse" and len(views) == 1:
+        verb = "fuse_text"  # of a view that is read alone
+    told = ids if verb in ("encode_text", "fuse_text") or feats is None else feats
+    if not (batch.text if verb == "encode_text" else batch.visual if verb == "encode_visual" else True):
+        return 0  # the task reads one modality alone
+    if verb == "fuse" and not (batch.text and batch.visual):
+        verb = "fuse_text" if batch.text else "fuse_visual"
+    rows = len(batch) if told is None else len(told)
+    if tower:
+        return rows * model.family.flops(length).get("tower", 0)
     if feats is not None and feats.ndim == 4:  # [B, 3, H, W]
         return rows * model.family.flops_of(length, *feats.shape[2:])[verb]
-    return rows * model.family.flops(length)[verb]
+    cost = rows * model.family.flops(length)[verb]
+    most = model.family.inputs.sentences
+    if most and verb == "fuse" and ids is not None:  # a family tells of the most sentences that a sample may have
+        return cost * len(ids) // (len(batch) * most)
+    return cost

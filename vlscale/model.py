@@ -14,7 +14,9 @@ from vlscale import distributed
 from vlscale.errors import ConfigError
 from vlscale.nn import moving
 from vlscale.nn.queue import KeyQueue, QueueOptions
-from vlscale.types import DTYPES, Batch, Fused, Keys, Loss, Moment, Pass, Stream, Visual, lengthened
+from vlscale.nn.single_stream import real
+from vlscale.served import check_served, check_tasks
+from vlscale.types import DTYPES, Batch, Fused, Keys, Loss, Moment, Pass, Stream, Text, Visual, lengthened
 
 if TYPE_CHECKING:
     from vlscale.families.base import Family
@@ -31,6 +33,7 @@ class Task:
 
     objectives: tuple[str, ...]
     share: float = 1.0
+    modality: Literal["both", "text", "visual"] = "both"  # what its passes read: of `alone` the other is left out
 
 
 class Encodings:
@@ -69,22 +72,32 @@ class Encodings:
         return self._once(("visual", view), lambda: self.family.encode_visual(self._pictures(view)))
 
     def fused(self, text_view: str, visual_view: str, causal: bool = False) -> Fused:
-        """Both together."""
-        return self._once(
-            ("fused", text_view, visual_view, str(causal)),
-            lambda: self.family.fuse(self.text(text_view), self.visual(visual_view), causal),
-        )
+        """Both together; or one alone, where the other's view is empty, or the batch's task does not read it."""
+        text_view, visual_view = text_view if self._batch.text else "", visual_view if self._batch.visual else ""
+        text = self.text(text_view) if text_view else None
+        visual = self.visual(visual_view) if visual_view else None
+        key = ("fused", text_view, visual_view, str(causal))
+        return self._once(key, lambda: self.family.fuse(text, visual, causal))
+
+    def decoded(self, target_view: str, text_view: str, visual_view: str, length: int = 0) -> Tensor:
+        """States [B, L, D] of a text read from left to right, beside both; padded to `length`, if that is more."""
+        fused = self.fused(text_view, visual_view)
+        target = self._batch.text[target_view]
+        if length > target.ids.shape[1]:
+            target = Text(lengthened(target.ids, length), lengthened(target.mask, length))
+        mask = torch.cat([real(self.text(text_view)), real(self.visual(visual_view))], dim=1)
+        return self.family.decode(target, fused, mask)
 
     def rows(self, kind: str, view: str, chosen: Tensor) -> Stream:
-        """Chosen samples [n] of the step's whole batch, [n, L or R, D]; only they travel."""
+        """Chosen rows [n] of the step's whole batch, [n, L or R, D]; only they travel."""
         source = self._everyone(kind, view)
         hidden, mask = source.hidden, source.mask
         if mask is not None and distributed.world_size() > 1:  # padded to one length everywhere
             length = distributed.greatest(mask.shape[1])
             hidden, mask = lengthened(hidden, length), lengthened(mask, length)
-        block, row = chosen // len(self._batch), chosen % len(self._batch)
-        ranks = distributed.world_size()
-        owner, place = block % ranks, block // ranks * len(self._batch) + row
+        size, ranks = len(hidden) // self.at.of, distributed.world_size()  # rows of a micro-batch
+        block, row = chosen // size, chosen % size
+        owner, place = block % ranks, block // ranks * size + row
         return Stream(
             distributed.fetch_rows(hidden, owner, place),
             None if mask is None else distributed.fetch_rows(mask, owner, place),
@@ -92,14 +105,21 @@ class Encodings:
 
     def uniforms(self, salt: int) -> Tensor:
         """[B] fp64 in [0, 1), the same for a sample on whatever rank and in whatever micro-batch it is."""
-        size = len(self._batch)
-        generator = torch.Generator().manual_seed((self.at.seed * 1_000_003 + self.at.step) * 101 + salt)
-        everyone = torch.rand(self.first + size, generator=generator, dtype=torch.float64)
+        everyone = self._draws(salt, self.first + len(self._batch))
         return everyone[self.first :].to(self._batch.pair_id.device)
+
+    def chance(self, salt: int) -> float:
+        """In [0, 1), the same on every rank and in every micro-batch of the step."""
+        return float(self._draws(salt, 1))
 
     def queue(self, name: str) -> KeyQueue:
         """One of the model's key queues."""
         return self._queues[name]
+
+    def _draws(self, salt: int, number: int) -> Tensor:
+        """[number] fp64 in [0, 1), of this step."""
+        generator = torch.Generator().manual_seed((self.at.seed * 1_000_003 + self.at.step) * 101 + salt)
+        return torch.rand(number, generator=generator, dtype=torch.float64)
 
     def _pictures(self, view: str) -> Visual:
         """A view; what to hide of `masked` pictures a family with codes picks, where the data did not."""
@@ -157,7 +177,7 @@ class PretrainModel(nn.Module):
         self.family = family
         self.objectives = nn.ModuleDict(objectives)
         self.tasks = dict(tasks) if tasks else {"all": Task(tuple(objectives))}
-        _check_tasks(self.tasks, objectives)
+        check_tasks(self.tasks, objectives, family)
         self.queues = nn.ModuleDict(_build_queues(objectives))
         self.twin: Family | None = None
         if any(objective.momentum for objective in objectives.values()):
@@ -167,7 +187,11 @@ class PretrainModel(nn.Module):
 
     def views(self, task: str | None = None) -> frozenset[str]:
         """Every view that some objective (of one task) reads, e.g. `text.masked`."""
-        return frozenset().union(*(objective.views for _, objective in self.asked(task)))
+        if task is None:
+            return frozenset().union(*map(self.views, self.tasks))
+        left = {"both": "", "text": "visual.", "visual": "text."}[self.tasks[task].modality]
+        read = frozenset().union(*(objective.views for _, objective in self.asked(task)))
+        return frozenset(view for view in read if not left or not view.startswith(left))
 
     def fields(self) -> frozenset[str]:
         """What someone reads of what a detector said of its regions (fields of `Visual`)."""
@@ -333,17 +357,6 @@ def global_order(everyone: Tensor, number: int) -> Tensor:
     return blocks.transpose(0, 1).reshape(everyone.shape)
 
 
-def check_served(name: str, needs: frozenset[str], family: Family) -> None:
-    """ConfigError if an objective needs something that the family does not offer."""
-    missing = needs - family.offers
-    if missing:
-        raise ConfigError(
-            f"objective '{name}' needs {sorted(needs)}, but family "
-            f"'{type(family).__name__}' offers {sorted(family.offers)}; "
-            f"take it out of objectives or choose a family that offers {sorted(missing)}"
-        )
-
-
 def _build_queues(objectives: Mapping[str, Objective]) -> dict[str, KeyQueue]:
     """One queue per name; its options are the same wherever it is named."""
     found: dict[str, tuple[str, QueueOptions, int]] = {}
@@ -364,13 +377,3 @@ def _build_queues(objectives: Mapping[str, Objective]) -> dict[str, KeyQueue]:
         except ValueError as error:
             raise ConfigError(f"objectives.{objective_name}.{error}") from None
     return queues
-
-
-def _check_tasks(tasks: Mapping[str, Task], objectives: Mapping[str, Objective]) -> None:
-    for task_name, task in tasks.items():
-        for name in task.objectives:
-            if name not in objectives:
-                raise ConfigError(
-                    f"tasks.{task_name}.objectives names '{name}', which is not under objectives "
-                    f"({', '.join(objectives)})"
-                )

@@ -16,12 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlscale.lines import Lines, read
+from vlscale.run_folder import LOG, METRICS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS = "metrics.jsonl"
-LOG = "log.txt"
 TENSORBOARD = "tensorboard"
 PACE = 5.0  # seconds between two plain lines
 FIRST_LINES = 3  # steps that are always shown

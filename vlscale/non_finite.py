@@ -131,7 +131,7 @@ def _inputs(batch: Batch) -> dict[int, float]:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 greatest = tensor.float().abs().flatten(1).amax(dim=1)  # NaN if there is one
                 for row in (~(greatest <= FAR)).nonzero()[:, 0].tolist():
-                    out.setdefault(row, float(greatest[row]))
+                    out.setdefault(row * len(batch) // len(tensor), float(greatest[row]))  # a sample's clips together
     return out
 
 

@@ -36,6 +36,7 @@ class TaskConfig:
 
     objectives: tuple[str, ...]
     share: float = 1.0
+    modality: Literal["both", "text", "visual"] = "both"  # read alone, of families that can
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ class EvaluationConfig:
     """When the validation shards are evaluated; `every` 0 = only at the end."""
 
     every: int = 1000
-    limit: int = 5000  # pictures at most
+    limit: int = 5000  # samples at most
+    windows: int = 1  # of a clip, spread evenly, whose embeddings retrieval averages
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise ConfigError(f"evaluation.windows should be at least 1 (got {self.windows})")
 
 
 @dataclass(frozen=True)
@@ -114,4 +120,5 @@ class InitConfig:
 
     text: str | None = None  # published weights of a tower, as the next
     vision: str | None = None
+    codebook: str | None = None  # of visual words: a file that `launchers/visual_words.py grow` made
     weights: str | None = None  # of the whole model in our names: a converted folder, a checkpoint, a merged file

@@ -29,7 +29,8 @@ def show(request: Request) -> int:
     """Check the data, build the model on this rank, print the plan; nothing is trained or left behind."""
     setting = build.setup(request)
     run = request.run
-    model = build.build_model(run).to(setting.device)  # where ranks can send what `scope: global` asks for
+    model = build.build_model(run, tokenizer=setting.tokenizer)
+    model = model.to(setting.device)  # where ranks can send what `scope: global` asks for
     setting = build.within_budget(run, setting, model)
     batches = build.probes(run, setting, model, PROBE)
     world, micro_batch = distributed.world_size(), setting.ds["train_micro_batch_size_per_gpu"]

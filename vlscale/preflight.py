@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.bad import Budget
-from vlscale.data.phrases import read_sentences
+from vlscale.data.clip_files import check_footage, frame_fields
+from vlscale.data.clip_windows import Timed
+from vlscale.data.phrases import Words, read_sentences, read_timed
 from vlscale.data.samples import (
     PICTURE_FIELDS,
     REGION_FIELD,
@@ -60,23 +62,27 @@ def check(
     questions: bool = False,
     seed: int = 0,
     budget: Budget | None = None,
+    texts: bool = True,
 ) -> Report:
     """Whether a run on these shards can start, and can write checkpoints of `disk` bytes in all to `out`.
 
     No shard and no member may be empty, samples must number at least `batch`, pictures decode, captions hold
-    words that the vocabulary knows; of the samples that are looked at, as many may be broken as `budget` allows in
-    training (None: none). DataError or ConfigError names the first thing that is wrong.
+    words that the vocabulary knows, where `texts` are read; of the samples that are looked at, as many may be broken
+    as `budget` allows in training (None: none). DataError or ConfigError names the first thing that is wrong.
     """
     began = time.monotonic()
     check_disk(out, disk)
     check_count(shards, batch)
     check_members(shards, inputs)
     looked_at = _looked_at(shards, seed)
-    if inputs.image_size:
+    if inputs.frames:
+        check_clips(shards, looked_at, inputs, budget)
+    elif inputs.image_size:
         check_pictures(shards, looked_at, budget)
-    if inputs.regions:
+    if inputs.regions and not inputs.frames:
         check_regions(shards, looked_at, inputs, inputs.fields, budget)
-    check_texts(shards, looked_at, tokenizer, max_words, questions, budget)
+    if texts:
+        check_texts(shards, looked_at, tokenizer, max_words, questions, budget, clips=inputs.frames > 0)
     return Report(len(shards), len(shards.paths), time.monotonic() - began)
 
 
@@ -87,14 +93,18 @@ def check_held_out(
     max_words: int,
     questions: bool = False,
     budget: Budget | None = None,
+    texts: bool = True,
 ) -> None:
     """Whether validation shards can be used, by their first samples; raises as `check`."""
     check_count(shards, 1)
     check_members(shards, inputs)
     looked_at = range(min(len(shards), HELD_OUT_TEXTS))
-    if inputs.image_size:
+    if inputs.frames:
+        check_clips(shards, looked_at, inputs, budget)
+    elif inputs.image_size:
         check_pictures(shards, looked_at, budget)
-    check_texts(shards, looked_at, tokenizer, max_words, questions, budget)
+    if texts:
+        check_texts(shards, looked_at, tokenizer, max_words, questions, budget, clips=inputs.frames > 0)
 
 
 def check_count(shards: Shards, batch: int) -> None:
@@ -112,6 +122,7 @@ def check_count(shards: Shards, batch: int) -> None:
 def check_members(shards: Shards, inputs: Inputs) -> None:
     """DataError for an empty member of a field that the family reads; by the index, so that nothing is read."""
     visual = (*(PICTURE_FIELDS if inputs.image_size else ()), *((REGION_FIELD,) if inputs.regions else ()))
+    visual = frame_fields(inputs) if inputs.frames else visual
     empty = [
         (i, field)
         for i, field in shards.empty_members({*visual, *TEXT_FIELDS})
@@ -132,6 +143,17 @@ def check_pictures(shards: Shards, looked_at: Sequence[int], budget: Budget | No
     for n in _some_shards(shards):
         _one_can_be_read(shards, n, partial(picture, shards))
     _check_number(without, len(looked_at), budget, partial(picture, shards))
+
+
+def check_clips(shards: Shards, looked_at: Sequence[int], inputs: Inputs, budget: Budget | None = None) -> None:
+    """DataError for too many samples without a clip, or without its features or visual words where those are read, or
+    a shard whose first ones cannot be used."""
+    fields = frame_fields(inputs)
+    without = [i for i in looked_at if not any(field in shards.fields(i) for field in fields)]
+    read = partial(check_footage, shards, inputs=inputs)
+    for n in _some_shards(shards):
+        _one_can_be_read(shards, n, read)
+    _check_number(without, len(looked_at), budget, read)
 
 
 def check_regions(
@@ -192,13 +214,18 @@ def check_texts(
     max_words: int,
     questions: bool = False,
     budget: Budget | None = None,
+    clips: bool = False,
 ) -> None:
-    """DataError for too many captions that are missing or empty, or a shard whose first ones are; ConfigError if the
-    vocabulary knows too few words.
+    """DataError for too many captions (of `clips`: sentences) that are missing or empty, or a shard whose first ones
+    are; ConfigError if the vocabulary knows too few words.
     """
     known: list[NDArray[np.bool_]] = []
     broken: list[int] = []
-    read = partial(read_sentences, shards, max_words=max_words, questions=questions)
+    read: Callable[[int], Sequence[Words | Timed]] = partial(
+        read_sentences, shards, max_words=max_words, questions=questions
+    )
+    if clips:
+        read = partial(read_timed, shards, max_words=max_words)
     for n in _some_shards(shards) if budget else ():
         _one_can_be_read(shards, n, read)
     for i in looked_at:
@@ -208,7 +235,7 @@ def check_texts(
             broken.append(i)
             continue
         if len(known) < SOME_TEXTS:
-            known += [tokenizer.encode(words.text)[1:] != tokenizer.unk for words in texts]
+            known += [tokenizer.known(words.text) for words in texts]
     _check_number(broken, len(looked_at), budget if known else None, read)
     unknown = 1 - float(np.concatenate(known).mean())
     if unknown > MAX_UNKNOWN:

@@ -306,6 +306,7 @@ class Record:
             build.preprocessing(self._run, setting.answers, self._model),
             batch=setting.ds["train_micro_batch_size_per_gpu"],
             limit=self._run.evaluation.limit,
+            windows=self._run.evaluation.windows,
             beat=self._watchdog.beat,
         )
         found: Found = config.pick("evaluation", usual_task(self._model.family)).measure(held)

@@ -22,9 +22,8 @@ from vlscale.data.samples import printable
 from vlscale.errors import DONE, STOPPED, CheckpointError, ConfigError
 from vlscale.lines import read
 from vlscale.model import PretrainModel
-from vlscale.monitor import METRICS
 from vlscale.optim import OptimConfig
-from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT
+from vlscale.run_folder import CONFIG, DS_CONFIG, ENVIRONMENT, METRICS
 from vlscale.saving.targets import write_atomically
 from vlscale.stop import StopGuard
 from vlscale.types import Moment
@@ -83,7 +82,7 @@ def _replay(request: Request, step: int, guard: StopGuard, watchdog: Watchdog) -
     """What was found; None if it was asked to stop before."""
     run = request.run
     setting = build.setup(request)
-    model = build.build_model(run)
+    model = build.build_model(run, tokenizer=setting.tokenizer)
     setting = build.within_budget(run, setting, model)
     loader = build.build_loader(run, setting, model)
     if last := non_finite.last_roll_back(setting.out, step - 1):

@@ -22,6 +22,7 @@ from vlscale.errors import ConfigError
 from vlscale.saving.targets import write_atomically
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
+METRICS, LOG, CHECKPOINTS = "metrics.jsonl", "log.txt", "checkpoints"
 HANGS = "hangs"  # what a hang left behind: `watchdog`
 SLURM = "slurm"  # what a job of a cluster leaves: `vlscale.cluster`
 SNAPSHOT = "snapshot.json"  # beside a copy of the code: what it was

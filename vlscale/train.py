@@ -37,7 +37,7 @@ def _train(request: Request, guard: StopGuard, watchdog: Watchdog, ends: ExitSta
     setting = build.setup(request)
     watchdog.at("building")
     notes: list[str] = []
-    model = build.build_model(run, notes.append)
+    model = build.build_model(run, notes.append, setting.tokenizer)
     setting = build.within_budget(run, setting, model)
     loader = build.build_loader(run, setting, model)
     machine = build.build_engine(run, setting, model)
@@ -164,11 +164,11 @@ def step_plan(model: PretrainModel, task: str, micro_batches: Sequence[Batch]) -
 
 
 def _shape(visual: Visual) -> str:
-    """(C, H, W) of pixels, (C,) where pictures keep their own shapes, (F,) of regions."""
+    """(C, H, W) of pixels, (C,) where pictures keep their own shapes, (F,) of regions and frames."""
     shape = visual.feats.shape
-    if visual.boxes is not None:
+    if visual.feats.ndim == 3:
         return str(tuple(shape[2:]))
-    return str(tuple(shape[1:] if visual.mask is None else shape[1:2]))
+    return str(tuple(shape[1:2] if visual.feats.ndim == 4 and visual.mask is not None else shape[1:]))
 
 
 def step_shares(model: PretrainModel, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names in our files
 IGNORE = -100  # label of a position that no loss counts
+HIDDEN = -1  # visual word of a frame that is hidden: [MASK]
 
 # How a region's place is told (`vlscale.data.regions` has the formulas); W x H are the picture's pixels.
 Geometry = Literal[
@@ -31,25 +32,33 @@ Geometry = Literal[
 
 
 class Text(NamedTuple):
-    """One view of the captions. `labels` decides what counts: `IGNORE` wherever nothing is predicted."""
+    """One view of the captions. `labels` decides what counts: `IGNORE` wherever nothing is predicted.
+
+    B rows, or a multiple of them where a sample has several texts: see `Batch`. A row that a sample lacks is padding.
+    """
 
     ids: Tensor  # [B, L] int64
     mask: Tensor  # [B, L] bool, True = token, False = padding
     labels: Tensor | None = None  # [B, L] int64
     segments: Tensor | None = None  # [B, L] int64
+    spans: Tensor | None = None  # [B, 2] int64, the frames of its sample that it goes with: first, one past the last
 
 
 class Visual(NamedTuple):
-    """One view of the pictures, regions or frames; what a family does not use is None."""
+    """One view of the pictures, regions or frames; what a family does not use is None. For frames read T for R."""
 
-    feats: Tensor  # uint8 pixels [B, 3, H, W] (floating = already normalised), regions [B, R, F], frames [B, T, ...]
+    # uint8 pixels [B, 3, H, W] (floating = already normalised), regions [B, R, F], frames' features [B, T, F] or
+    # pixels [B, T, 3, H, W]; F is 0 where there are only `codes`
+    feats: Tensor
     mask: Tensor | None = None  # [B, R] bool, True = real; None = all real
     boxes: Tensor | None = None  # [B, R, 4..7]
     picked: Tensor | None = None  # [B, R] bool, hidden positions that an objective restores
     targets: Tensor | None = None  # [B, R, F]
     classes: Tensor | None = None  # [B, R] int64, the detector's best class
     class_probs: Tensor | None = None  # [B, R, classes], the detector's distribution
-    codes: Tensor | None = None  # [B, R] int64
+    codes: Tensor | None = None  # [B, T] int64, visual words, `HIDDEN` where one is
+    code_labels: Tensor | None = None  # [B, T] int64, the visual word to restore, else IGNORE
+    order: Tensor | None = None  # [B, T] int64, the place that each frame is moved to (HERO's frame order modelling)
     class_confidence: Tensor | None = None  # [B, R], how sure the detector is of `classes`
     attributes: Tensor | None = None  # [B, R] int64, the detector's best attribute
     attribute_confidence: Tensor | None = None  # [B, R]
@@ -57,14 +66,18 @@ class Visual(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. Views are keyed `clean`, `masked`, `augmented`."""
+    """One micro-batch of one rank. Views are keyed `clean`, `masked`, `augmented`, ...: `data.views` has them all.
+
+    A sample may have several rows in a view, the same number for every sample, its own next to one another: clips of
+    one video, and candidate captions or sentences of each. All of its other fields count samples.
+    """
 
     text: dict[str, Text]
     visual: dict[str, Visual]
     pair_id: Tensor  # [B] int64, equal for samples of the same picture
     keys: tuple[str, ...] = ()  # sample keys, in order
     positions: tuple[int, ...] = ()  # of the samples in the endless stream that the loader serves
-    lost_words: tuple[int, ...] = ()  # of each text, for which the family has no room
+    lost_words: tuple[int, ...] = ()  # of each sample, for which the family has no room
     task: str = "all"
     matched: Tensor | None = None  # [B] bool, None = every pair matches
     # [B] bool or int64: 0 = all its own, 1 = another picture's tags, 2 = another picture's words; None = all 0
@@ -84,9 +97,9 @@ class Batch:
         return words + [visual.mask for visual in self.visual.values() if visual.mask is not None]
 
     def first(self, count: int) -> Batch:
-        """The first `count` samples."""
+        """The first `count` samples, with all their rows."""
         along = {name: getattr(self, name)[:count] for name in ("keys", "positions", "lost_words")}
-        return replace(self.each(lambda tensor: tensor[:count]), **along)
+        return replace(self.each(lambda tensor: tensor[: len(tensor) // len(self) * count]), **along)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed; a tensor that several views share is changed once."""
@@ -113,9 +126,15 @@ class Stream(NamedTuple):
 
     hidden: Tensor  # [B, L or R, D]
     mask: Tensor | None  # [B, L or R] bool; None = all real
-    embed: Tensor | None = None  # [B, E] fp32, unit length; only from families that offer `embed`
+    embed: Tensor | None = None  # [B, E] fp32, of families that offer `embed`; unit length if they offer `temperature`
     codes: Tensor | None = None  # [B, R] int64; only from families that offer `codes`
     picked: Tensor | None = None  # [B, R] bool, positions that were hidden; where the family decides, not the view
+    spans: Tensor | None = None  # [B, 2] of `Text`; only from families that read them
+    order: Tensor | None = None  # [B, T] of `Visual`; only from families that read it
+    skip: Tensor | None = None  # [B, T, D] what joins `hidden` behind the first layers of `fuse` (HERO)
+    # [B, T, F] what hidden frames are told apart by, before any was hidden; where encoding makes it on the way, as a
+    # tower does, else `Family.frame_keys` tells
+    keys: Tensor | None = None
 
 
 class Fused(NamedTuple):
@@ -143,10 +162,20 @@ class Dims:
     fused: int
     embed: int = 0
     vocab: int = 0
-    feats: int = 0  # F of a detector's region features
+    feats: int = 0  # F of a detector's region features, or of frames'
     classes: int = 0  # of the detector, background counted where it has one
     pooled: int = 0  # of Fused.pooled, where it differs from `fused`
+    frame_keys: int = 0  # of what hidden frames are told apart by, where it differs from `feats`
     norm_eps: float = 1e-12  # of a word head's LayerNorm
+
+
+class Marks(NamedTuple):
+    """Token ids that a family puts into its sequences itself."""
+
+    cls: int
+    sep: int
+    mask: int
+    video_start: int  # no word's
 
 
 @dataclass(frozen=True)
@@ -157,12 +186,18 @@ class Inputs:
     text_length: int  # longest text in tokens, special tokens counted
     separator: bool  # whether a text ends in [SEP]
     regions: int = 0  # most regions of a picture; 0 = the family reads pixels
-    feats: int = 0  # F of a region's features
+    feats: int = 0  # F of a region's or frame's features
     boxes: int = 0  # numbers that describe a region's place (4..7)
     classes: int = 0  # of the detector
     geometry: Geometry = ""  # which numbers those are
     tags: bool = False  # whether the names of a picture's objects stand behind each text: words [SEP] tags [SEP]
     fields: frozenset[str] = frozenset()  # of `Visual`, beside feats, mask and boxes, that the family reads
+    frames: int = 0  # most frames of a clip; 0 = the family reads no clips. With `image_size` pixels, else `feats`
+    window: int = 1  # frames that a tower makes one place of; the first tells whether it is real and hidden
+    codes: int = 0  # how many visual words there are, which the family reads in place of features
+    sentences: int = 0  # most texts of a sample, each with its `spans`; 0 = as many as the recipe's clips have
+    words: bool = False  # whether its tokens are whole words (`data.words`)
+    marks: Marks | None = None  # what the vocabulary must number so
     any_size: bool = False  # whether pictures may have any shape, with `Visual.mask` of cells of 64 x 64 pixels
 
 

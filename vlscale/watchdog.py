@@ -31,9 +31,8 @@ from vlscale import distributed, stop
 from vlscale.collectives import Collectives
 from vlscale.data.options import DataConfig
 from vlscale.errors import TrainingError
-from vlscale.monitor import LOG
 from vlscale.options import WatchdogConfig
-from vlscale.run_folder import HANGS
+from vlscale.run_folder import HANGS, LOG
 
 GRACE = 5.0  # seconds for the other ranks' reports
 MARGIN = 60.0  # seconds: the data plane, which knows the store, speaks first

@@ -273,6 +273,8 @@ def _copy(name: str, tensor: Tensor, row: Rename, target: str, place: Tensor) ->
         changed = tensor if row.change is None else row.change(tensor, slot.shape)
     except ValueError as error:
         raise CheckpointError(f"tensor '{name}' does not fit {target}: {error}") from error
+    if row.rows != "all":
+        slot = slot[: len(changed)] if row.rows == "first" else slot[-len(changed) :]
     if changed.shape != slot.shape:
         raise CheckpointError(
             f"tensor '{name}' is {tuple(tensor.shape)}, but {target} is {tuple(slot.shape)}; "
@@ -281,23 +283,31 @@ def _copy(name: str, tensor: Tensor, row: Rename, target: str, place: Tensor) ->
     slot.copy_(changed)
 
 
-def init_towers(model: PretrainModel, text: str | Path | None, vision: str | Path | None) -> dict[str, Loaded]:
-    """Start towers from published weights (keys `init.text`, `init.vision`), then copy them to the twins.
+def init_towers(
+    model: PretrainModel, text: str | Path | None, vision: str | Path | None, codebook: str | Path | None = None
+) -> dict[str, Loaded]:
+    """Start towers from published weights (keys `init.text`, `init.vision`, `init.codebook`), then copy them to the
+    twins.
 
     Args:
         model: on the CPU, before DeepSpeed has it.
         text: e.g. a folder with bert-base-uncased, or None.
         vision: e.g. a DeiT or ViT file in timm's or transformers' names, or None.
+        codebook: of visual words, as `launchers/visual_words.py grow` makes it, or None.
 
     Returns:
-        {"text", "vision"}: what was filled, for those given.
+        {"text", "vision", "codebook"}: what was filled, for those given.
 
     Raises:
         ConfigError: the family has no such tower.
         CheckpointError: as `read` and `fill`.
     """
     done = {}
-    given = {"text": (text, model.family.init_text), "vision": (vision, model.family.init_vision)}
+    given = {
+        "text": (text, model.family.init_text),
+        "vision": (vision, model.family.init_vision),
+        "codebook": (codebook, model.family.init_codebook),
+    }
     for tower, (path, renames) in given.items():
         if path is None:
             continue

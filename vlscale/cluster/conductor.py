@@ -188,7 +188,7 @@ class _Conductor:
         code, ending = self._wait(machines.begin(start))
         lost = () if code in (0, STOPPED) and not ending else machines.lost(nodes, ask=not ending)
         after = records.last_checkpoint(Path(job.out))
-        ended = Ended(code, lost, bool(ending), ending == "limit", self._headway(before, after))
+        ended = Ended(code, lost, ending, self._headway(before, after))
         left = tuple(node for node in nodes if node not in lost)
         usable = left[: job.fewer(len(left))]
         verdict = judge(ended, Left(job.options.requeue - machines.restart, len(usable), job.options.on_node_loss))
@@ -217,7 +217,8 @@ class _Conductor:
         """Whether this start or the one before it made a checkpoint; taken for granted where they go to a store."""
         lines = (line for line in records.starts(self._job.home) if line["event"] == "began")
         earlier = [line["checkpoint"] for line in lines if line["job"] == self._job.number]
-        return after != before or earlier[-2:].count(before) < 2 or records.saves_elsewhere(Path(self._job.out))
+        store = records.configuration(Path(self._job.out)).get("checkpoint", {}).get("to")
+        return after != before or earlier[-2:].count(before) < 2 or bool(store)
 
     def _show(self, first: First, start: Start) -> None:
         """The last words of the rank that failed first."""

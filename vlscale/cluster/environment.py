@@ -86,6 +86,18 @@ def port(job: int, step: int, starts: int) -> int:
     return FIRST_PORT + (job + 977 * step + 7919 * starts) % PORTS
 
 
+def free(port: int) -> int:
+    """This port, or the next that nobody listens on here, where rank 0 will listen."""
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                port = FIRST_PORT + (port + 1 - FIRST_PORT) % PORTS
+
+
 def first_node(nodes: str) -> str:
     """Of Slurm's list of names: `gpu[08-11,14],cpu1` -> `gpu08`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)

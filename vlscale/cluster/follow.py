@@ -12,8 +12,8 @@ from vlscale.cluster import records, slurm
 from vlscale.cluster.conductor import LAST_LINES, last_lines
 from vlscale.cluster.records import Job
 from vlscale.errors import DONE, STOPPED, ConfigError, TrainingError
+from vlscale.run_folder import LOG
 
-LOG = "log.txt"  # of the run folder
 PAUSE = 1.0  # seconds between two looks at the files
 ASK = 4.0  # seconds between two questions to Slurm
 SETTLE = 15.0  # seconds for the last words of a job to be seen on a shared file system

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from vlscale.cluster import environment
 from vlscale.cluster.conductor import ALONE, First, Start, exit_code
 from vlscale.cluster.verdict import Ending
 from vlscale.errors import DONE, STOPPED
@@ -30,13 +31,14 @@ class Here:
         """One process per rank."""
         world = start.ranks_per_node
         shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "PYTHONUNBUFFERED": "1"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        port = environment.free(environment.port(os.getpid(), 0, self.restart))
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self._ranks, self._until = [], float("inf")
         for rank in range(world):
             with (start.logs / f"rank_{rank:05d}.txt").open("wb") as said:
-                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                told = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 self._ranks.append(
-                    subprocess.Popen(start.command, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+                    subprocess.Popen(start.command, env=told, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
                 )
         return self
 
@@ -83,9 +85,3 @@ class Here:
         """At once, here."""
         self.restart += 1
         return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -15,11 +15,10 @@ import yaml
 from vlscale import config
 from vlscale.cluster.options import JobOptions
 from vlscale.errors import ConfigError
-from vlscale.run_folder import CONFIG, SLURM
+from vlscale.run_folder import CHECKPOINTS, CONFIG, SLURM
 from vlscale.saving.targets import LATEST, write_atomically
 
 JOB, STARTS, LOGS = "job.json", "starts.jsonl", "logs"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,12 @@ def starts(home: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def saves_elsewhere(out: Path) -> bool:
-    """Whether a run that has begun writes its checkpoints to a store."""
-    with suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return yaml.safe_load((out / CONFIG).read_text())["checkpoint"]["to"] is not None
-    return False
+def configuration(out: Path) -> dict[str, Any]:
+    """That of a run which has begun; else empty."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        tree = yaml.safe_load((out / CONFIG).read_text())
+        return tree if isinstance(tree, dict) else {}
+    return {}
 
 
 def last_checkpoint(out: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -128,7 +127,7 @@ class Allocation:
             "PYTHONUNBUFFERED": "1"
         }
         if len(start.nodes) * start.ranks_per_node > 1:  # one process alone needs no meeting place
-            told["MASTER_PORT"] = str(_free(environment.port(job, start.attempt, self.restart)))
+            told["MASTER_PORT"] = str(environment.free(environment.port(job, start.attempt, self.restart)))
         if options.cpus_per_task and not options.gpus_per_node:
             told["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(options.cpus_per_task))
         return told
@@ -211,15 +210,3 @@ def _is_silent(node: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return True
     return done.returncode != 0
-
-
-def _free(port: int) -> int:
-    """This port, or the next that nobody listens on here, where rank 0 will."""
-    while True:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-                return port
-            except OSError:
-                port = environment.FIRST_PORT + (port + 1 - environment.FIRST_PORT) % environment.PORTS

@@ -9,15 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vlscale import run_folder
 from vlscale.cluster import follow, queue, records, slurm, sweep
 from vlscale.cluster.conductor import last_lines
 from vlscale.cluster.records import Job
 from vlscale.errors import DONE, ConfigError
 
-METRICS = "metrics.jsonl"
 INTERRUPTED = 130  # as a shell shows Ctrl-C
 FIGURES = ("i2t_r1", "t2i_r1", "accuracy")  # last parts of the names of evaluations that a table shows
 
@@ -48,9 +45,9 @@ def row(job: Job) -> dict[str, Any]:
     """What a table says of a run."""
     out = Path(job.out)
     lines = records.starts(job.home)
-    metrics = figures(out / METRICS)
+    metrics = figures(out / run_folder.METRICS)
     ended = [line for line in lines if line["event"] == "ended"]
-    steps = _steps(out)
+    steps = records.configuration(out).get("steps")
     values: dict[str, Any] = {"run": out.name, "job": job.number or None, "state": state(job)}
     values["starts"] = sum(line["event"] == "began" for line in lines)
     values["step"] = f"{metrics.get('step', 0)}" + (f"/{steps}" if steps else "")
@@ -178,13 +175,6 @@ def figures(path: Path) -> dict[str, Any]:
             with suppress(ValueError):
                 values.update(json.loads(line))
     return values
-
-
-def _steps(out: Path) -> int:
-    """How many the run is to make; 0 = it has not begun."""
-    with suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return int(yaml.safe_load((out / run_folder.CONFIG).read_text())["steps"])
-    return 0
 
 
 def log_of(job: Job, rank: int | None) -> Path:

@@ -218,7 +218,7 @@ def _show(asked: Asked, options: JobOptions, runs: Sequence[Checked], home: Path
 def _run_here(job: Job) -> int:
     """Now, with what rank 0 prints shown as it comes."""
     ended = threading.Event()
-    tail = follow.Tail(Path(job.out) / follow.LOG)
+    tail = follow.Tail(Path(job.out) / run_folder.LOG)
 
     def show() -> None:
         while not ended.wait(0.3):

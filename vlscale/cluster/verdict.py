@@ -21,8 +21,7 @@ class Ended:
 
     code: int  # 0, one of ours, or 128 + the signal that ended a rank
     lost: tuple[str, ...] = ()  # nodes that do not answer any more
-    told: bool = False  # the scheduler itself ends the job: it was cancelled, or is preempted and put back
-    limit: bool = False  # ... because its time is over
+    ending: Ending = ""  # other: it was cancelled, or is preempted and put back
     headway: bool = True  # it came further than the start before it
 
 
@@ -52,16 +51,16 @@ def judge(ended: Ended, left: Left) -> Verdict:
     """The next thing to do."""
     if ended.code == DONE:
         return Verdict("done", "all steps are done")
-    if ended.told and ended.lost:
+    if ended.ending and ended.lost:
         if left.on_node_loss == "end":
             return Verdict("failed", f"lost {', '.join(ended.lost)}, and --on_node_loss end was given")
         return Verdict("stopped", f"lost {', '.join(ended.lost)}; Slurm puts the job back into the queue")
-    if ended.told and not ended.limit:
+    if ended.ending == "other":
         saved = "saved and stopped" if ended.code == STOPPED else f"ended with {ended.code}"
         return Verdict("stopped", f"{saved}: it was cancelled, or is put back into the queue by Slurm")
     if ended.code == STOPPED:
-        return _back("saved and stopped" + (" at the time limit" if ended.limit else ""), ended, left)
-    if ended.code in HOPELESS or not (ended.lost or ended.limit):
+        return _back("saved and stopped" + (" at the time limit" if ended.ending else ""), ended, left)
+    if ended.code in HOPELESS or not (ended.lost or ended.ending):
         return Verdict("failed", f"the ranks ended with {ended.code}")
     what = f"lost {', '.join(ended.lost)}" if ended.lost else f"ended with {ended.code} at the time limit"
     if ended.lost and left.on_node_loss == "end":

@@ -33,6 +33,7 @@ class HeldOut:
     preprocessing: Preprocessing  # what training makes of samples
     batch: int  # samples of a rank at a time
     limit: int  # samples at most; 0 = all
+    windows: int = 1  # of a clip, whose embeddings are averaged
     beat: Callable[[], object] = bool  # called for every batch: a sign of life
 
     def watched(self, batches: Iterable[T]) -> Iterator[T]:
@@ -45,7 +46,7 @@ class HeldOut:
 class Example(NamedTuple):
     """A picture, one of its captions, and the picture's place when the caption asks for it."""
 
-    picture: Tensor  # [3, H, W], as the family was given it
+    picture: Tensor  # [3, H, W], as the family was given it; of a clip some of its frames beside one another
     caption: str
     rank: int
 

@@ -1,9 +1,13 @@
-"""Zero-shot image-text retrieval: every picture and every caption ranks all of the other kind by cosine.
+"""Zero-shot retrieval: every picture (or stretch of a clip) and every caption ranks all of the other kind.
+
+They are compared by cosine if the family trains a temperature, else by the dot product of what it embeds them as:
+MIL-NCE's and UniVL's vectors keep their length. Of a stretch seen in several windows the embeddings are averaged.
 
 A place is counted against us: 1 + the number of others that score at least as high, so that a model which
 gives everything the same embedding is last everywhere, and one that gives NaN too.
 
-Shapes: P pictures, C captions (a picture may have several), E width of the shared embedding, L text tokens.
+Shapes: P pictures or stretches, C captions (a picture may have several), E width of the shared embedding, L text
+tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlscale import distributed
-from vlscale.data.retrieval import RetrievalBatch, retrieval_batches
+from vlscale.data.retrieval import ClipBatches, RetrievalBatch, retrieval_batches
 from vlscale.errors import ConfigError, DataError
 from vlscale.evaluation.base import Example, Found, HeldOut, evaluating
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1024  # rows of the similarity matrix that exist at a time
 EXAMPLES = 8
+STRIP = 8  # frames of an example
 PREFIX = "eval/retrieval/"
 
 
@@ -38,21 +43,48 @@ class Features(NamedTuple):
 
 
 def measure(held: HeldOut) -> Found:
-    """Retrieve among the first pictures of the shards; see `evaluate`. `skipped` counts those that cannot be used."""
+    """Retrieve among the first samples of the shards; see `evaluate`. `skipped` counts those that cannot be used."""
+    family = held.model.family
+    if family.inputs.frames:
+        clips = clip_batches(held, distributed.rank(), distributed.world_size())
+        try:
+            found = evaluate(family, held.watched(clips), held.device, held.tokenizer.decode)
+        except DataError as error:
+            raise DataError(f"{error}{f'; {clips.broken}' if clips.broken else ''}") from error
+        counts: list[Any] = distributed.gather_objects(clips.skipped)
+        return found._replace(metrics={**found.metrics, PREFIX + "skipped": float(sum(counts))})
     asked = min(held.limit or len(held.shards), len(held.shards))
     batches = retrieval_batches(
         held.shards,
         held.tokenizer,
-        held.model.family.inputs,
+        family.inputs,
         batch=held.batch,
         rank=distributed.rank(),
         world=distributed.world_size(),
         max_words=held.preprocessing.max_words,
         limit=held.limit,
     )
-    found = evaluate(held.model.family, held.watched(batches), held.device, held.tokenizer.decode)
+    found = evaluate(family, held.watched(batches), held.device, held.tokenizer.decode)
     skipped = asked - found.metrics[PREFIX + "candidates"]
     return found._replace(metrics={**found.metrics, PREFIX + "skipped": skipped})
+
+
+def clip_batches(held: HeldOut, rank: int, world: int) -> ClipBatches:
+    """One rank's part of the clips."""
+    cut = [views.clips for views in held.preprocessing.views.values() if views.clips is not None]
+    return ClipBatches(
+        held.shards,
+        held.tokenizer,
+        held.model.family.inputs,
+        cut[0],
+        batch=held.batch,
+        windows=held.windows,
+        rank=rank,
+        world=world,
+        max_words=held.preprocessing.max_words,
+        limit=held.limit,
+        max_pixels=held.preprocessing.max_pixels,
+    )
 
 
 def evaluate(
@@ -118,11 +150,13 @@ def _evaluate(
         assert read is not None, "a family that offers `embed` sets it"
         if counts:
             first = first or batch
-            visual.append(seen.float())
+            visual.append(seen.float().view(-1, batch.windows, seen.shape[1]).mean(dim=1))
             text.append(read.float())
             index.append(batch.index.to(device))
             owner.append(batch.owner.to(device))
     features = _gathered(visual, text, index, owner, device)
+    if "temperature" in family.offers:
+        features = features._replace(visual=F.normalize(features.visual, dim=1), text=F.normalize(features.text, dim=1))
     image_to_text, text_to_image = ranks(features)
     metrics = {
         **_figures("i2t", image_to_text),
@@ -143,7 +177,7 @@ def _in_step(batches: Iterable[RetrievalBatch]) -> Iterator[tuple[RetrievalBatch
         have: list[Any] = distributed.gather_objects(batch is not None)
         if not any(have):
             if spare is None:
-                raise DataError("there is no picture to retrieve; check data.val")
+                raise DataError("there is no picture or clip to retrieve; check data.val")
             return
         if spare is None and not all(have):  # a rank without a single batch borrows one
             spare = next(each for each in distributed.gather_objects(batch) if each is not None)  # type: ignore[assignment]
@@ -160,8 +194,8 @@ def _gathered(
     nothing = torch.zeros(0, max(widths), device=device)
     number = torch.zeros(0, dtype=torch.int64, device=device)
     features = Features(
-        _from_all(F.normalize(torch.cat([nothing, *visual]), dim=-1)),
-        _from_all(F.normalize(torch.cat([nothing, *text]), dim=-1)),
+        _from_all(torch.cat([nothing, *visual])),
+        _from_all(torch.cat([nothing, *text])),
         _from_all(torch.cat([number, *index])),
         _from_all(torch.cat([number, *owner])),
     )
@@ -192,8 +226,8 @@ def _examples(
     places: Tensor,
     decode: Callable[[Sequence[int]], str] | None,
 ) -> list[Example]:
-    """The first pictures of rank 0; its captions are the first of `owner`."""
-    if batch is None:
+    """The first pictures of rank 0; its captions are the first of `owner`. None of features."""
+    if batch is None or batch.visual.feats.dtype != torch.uint8:
         return []
     found: list[Example] = []
     for row, picture in enumerate(batch.index.tolist()):
@@ -203,8 +237,18 @@ def _examples(
         caption = captions[0]
         ids = batch.text.ids[caption][batch.text.mask[caption]].tolist()
         words = decode(ids) if decode is not None else " ".join(map(str, ids))
-        found.append(Example(batch.visual.feats[row].cpu(), words, int(places[caption])))
+        found.append(Example(_picture(batch, row), words, int(places[caption])))
     return found
+
+
+def _picture(batch: RetrievalBatch, row: int) -> Tensor:
+    """[3, H, W]; of a clip up to `STRIP` frames of its first window from left to right, [3, H, n W]."""
+    shown, mask = batch.visual.feats[row * batch.windows].cpu(), batch.visual.mask
+    if shown.ndim == 3 or mask is None:
+        return shown
+    frames = shown[mask[row * batch.windows].cpu()]
+    picked = torch.linspace(0, len(frames) - 1, min(STRIP, len(frames))).round().long()
+    return torch.cat(list(frames[picked]), dim=2)
 
 
 def _on(fields: Any, device: torch.device) -> Any:

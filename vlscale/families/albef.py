@@ -59,7 +59,7 @@ class Albef(Family):
         ConfigError: sizes that do not divide.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "embed"})
+    offers = frozenset({"text", "visual", "fuse", "embed", "temperature"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

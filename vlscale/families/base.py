@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlscale.errors import ConfigError
 from vlscale.nn.temperature import Temperature
+from vlscale.nn.video import FrameTower
 from vlscale.types import Dims, Fused, Inputs, Stream, Text, Visual
 
 
@@ -27,6 +28,7 @@ class Rename(NamedTuple):
     optional: bool = False  # the model may lack every target (a twin, an objective's head)
     back: Callable[[Tensor], Tensor] | None = None  # undoes `change`, of a whole tensor; None = nothing to undo
     joined: bool = False  # the way back stacks the targets of one network, in their order
+    rows: Literal["all", "first", "last"] = "all"  # which of our rows it fills: as many as it has; the others stay
 
 
 class Renames(NamedTuple):
@@ -42,7 +44,8 @@ class Size(NamedTuple):
     key: str  # of `Config`
     source: str  # regular expression for whole published names
     axis: int | None = None  # the length of that axis; None = how many different values group 1 has
-    change: Callable[[int, Mapping[str, Any]], int] | None = None  # (that number, `Config` as known so far) -> value
+    # (that number, `Config` as known so far) -> value, or None where it does not tell it; a ConfigError asks for it
+    change: Callable[[int, Mapping[str, Any]], Any] | None = None
 
 
 def bert_sizes(prefix: str, layers: str = "layers") -> tuple[Size, ...]:
@@ -85,18 +88,26 @@ class Family(nn.Module):
     the shapes in those checkpoints tell).
     """
 
-    # of: text, visual, fuse, regions (`fuse` gives visual states), embed, decode, codes,
+    # of: text, visual, fuse, regions (`fuse` gives visual states), detector (they are a detector's: `Visual.classes`),
+    # embed (`Stream.embed`), temperature (`temperature`, `text_proj`, `visual_proj`; embeds of unit length), codes,
     # tied_regions (`region_projection`), single_stream (words and regions pass one stack: their states compare),
+    # frames (visual places are frames in time: `frame_keys`), frame_order (`fuse` puts them where `Visual.order` says),
+    # decode, alone (`fuse` takes one modality alone), queries (`pooled` of a text alone compares with visual states),
+    # pairs (`fuse` takes any text row beside any clip row),
+    # visual_words (reads `Visual.codes`; `token_logits`; the word embedding has their rows too, behind the words'),
     # causal (`fuse` can read a text from left to right, and no state of it has seen what comes later)
-    offers: ClassVar[frozenset[str]] = frozenset()
+    offers: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()  # keys of `flops` whose pass learns nothing and has no backward
     published: ClassVar[Renames] = Renames()  # the authors' checkpoints
-    init_text: ClassVar[Renames] = Renames()  # the text tower's usual start, e.g. bert-base-uncased
+    init_text: Renames = Renames()  # the text tower's usual start, e.g. bert-base-uncased
     init_vision: ClassVar[Renames] = Renames()  # the image tower's usual start, e.g. DeiT
+    init_codebook: Renames = Renames()  # `launchers/visual_words.py grow`: the visual words' rows
     dims: Dims
     inputs: Inputs
-    temperature: Temperature  # of families that offer `embed`; call it for [1] fp32
-    text_proj: nn.Module  # [..., D] states -> [..., E]; of families that offer `embed`
+    temperature: Temperature  # of families that offer `temperature`, as are the next two; call it for [1] fp32
+    text_proj: nn.Module  # [..., D] states -> [..., E]
     visual_proj: nn.Module
+    tower: FrameTower  # of families that can read pixels in place of features
 
     @property
     def word_embedding(self) -> nn.Embedding:
@@ -111,6 +122,10 @@ class Family(nn.Module):
     @property
     def code_table(self) -> Tensor:
         """[K, D] what `Stream.codes` number; of families that offer `codes`."""
+        raise NotImplementedError
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] fused states -> [..., V] over words, then visual words; of families that offer `visual_words`."""
         raise NotImplementedError
 
     def pick(self, visual: Visual, cell: Tensor, kept: Tensor) -> Tensor:
@@ -129,17 +144,24 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def fuse(self, text: Stream | None, visual: Stream | None, causal: bool = False) -> Fused:
-        """Both modalities together; `causal` lets a text position see only positions before it."""
+        """Both modalities together, or one alone where the family offers `alone`; `causal` lets a text position see
+        only positions before it."""
         raise NotImplementedError
 
-    def decode(self, text: Text, fused: Fused) -> Stream:
-        """Left-to-right generation from the fused states."""
+    def frame_keys(self, visual: Visual) -> Tensor:
+        """[B, T, F] what hidden frames are told apart by, of a view that hides none; if `frames`."""
+        raise NotImplementedError
+
+    def decode(self, text: Text, fused: Fused, mask: Tensor) -> Tensor:
+        """States [B, L, D] of a text that is read from left to right and sees all that was fused, of which `mask`
+        [B, L' + R] (words, then regions or frames) says what is real; of families that offer `decode`."""
         raise NotImplementedError
 
     def flops(self, text_tokens: int) -> dict[str, int]:
         """Multiply-add FLOPs (2 per MAC) of ONE forward pass of one sample, by verb.
 
-        Keys are `encode_text`, `encode_visual`, `fuse`: matrix products only (linear layers, convolutions,
+        Keys are `encode_text`, `encode_visual`, `fuse`, `decode`, and `tower` (what makes features of pixels before
+        the rest of `encode_visual`), where it can be frozen alone: matrix products only (linear layers, convolutions,
         attention scores and values), which is what `torch.utils.flop_counter` counts. `text_tokens` is the
         padded text length L.
         """

@@ -81,7 +81,7 @@ class Clip(Family):
         ConfigError: sizes that do not divide, or limits in the wrong order.
     """
 
-    offers = frozenset({"text", "visual", "embed"})
+    offers = frozenset({"text", "visual", "embed", "temperature"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class Lxmert(TwoStreams, Family):
         ConfigError: sizes that do not divide, or a text longer than the positions.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "regions"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self, config: Config) -> None:
         fault = config.fault()

@@ -59,7 +59,7 @@ class Oscar(Family):
         ConfigError: sizes that do not divide, or a text longer than the positions.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "causal", "regions", "single_stream"})
+    offers = frozenset({"text", "visual", "fuse", "causal", "regions", "detector", "single_stream"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

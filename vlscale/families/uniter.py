@@ -80,7 +80,7 @@ class Uniter(Family):
         ConfigError: sizes that do not divide or fit.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "regions", "tied_regions", "single_stream"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector", "tied_regions", "single_stream"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class Vilbert(Family):
         ConfigError: sizes that do not divide, or co-attention layers in no order.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "regions"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ class Vlp(Family):
         ConfigError: sizes that do not divide or fit.
     """
 
-    offers = frozenset({"text", "visual", "fuse", "causal", "regions", "single_stream"})
+    offers = frozenset({"text", "visual", "fuse", "causal", "regions", "detector", "single_stream"})
 
     def __init__(self, config: Config) -> None:
         super().__init__()

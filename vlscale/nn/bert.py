@@ -22,14 +22,23 @@ def init_normal(module: nn.Module) -> None:
 
 
 class BertEmbeddings(nn.Module):
-    """Word, position and segment embeddings, summed and normalised. Padding receives no gradient here."""
+    """Word, position and segment embeddings, summed and normalised. The row `pad` receives no gradient here."""
 
-    def __init__(self, vocab: int, width: int, max_positions: int, segments: int, dropout: float) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        width: int,
+        max_positions: int,
+        segments: int,
+        dropout: float,
+        eps: float = NORM_EPS,
+        pad: int | None = PAD,
+    ) -> None:
         super().__init__()
-        self.word = nn.Embedding(vocab, width, padding_idx=PAD)
+        self.word = nn.Embedding(vocab, width, padding_idx=pad)
         self.position = nn.Embedding(max_positions, width)
         self.segment = nn.Embedding(segments, width)
-        self.norm = nn.LayerNorm(width, NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
         self.apply(init_normal)
 

@@ -36,7 +36,7 @@ def imagenet_pixels(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class BatchNorm(Moving):
-    """Batch normalisation (Ioffe and Szegedy 2015) of [B, C, H, W].
+    """Batch normalisation (Ioffe and Szegedy 2015) of [B, C, H, W], or of [B, C, T, H, W].
 
     In training each micro-batch is normalised by its own statistics, and the running ones, which evaluation
     takes, move once per step by the mean of what micro-batches and ranks saw.
@@ -61,7 +61,7 @@ class BatchNorm(Moving):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
+        """[B, C, ...] -> the same shape."""
         weight, bias = self.weight.float(), self.bias.float()
         if not (self.training and self.live):
             given = (self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
@@ -83,7 +83,8 @@ class BatchNorm(Moving):
 
     def _over_ranks(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         values = hidden.float()
-        own_variance, own_mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+        places = tuple(range(2, values.ndim))
+        own_variance, own_mean = torch.var_mean(values, dim=(0, *places), correction=0)
         number = own_mean.new_full((1,), values.numel() / values.shape[1])
         (everyone,) = distributed.gather([torch.cat([own_mean, own_variance, number])[None]])  # [W, 2 C + 1]
         means, variances, numbers = torch.split(everyone, [len(own_mean), len(own_mean), 1], dim=1)
@@ -93,7 +94,8 @@ class BatchNorm(Moving):
         unbiased = variance * (numbers.sum() / (numbers.sum() - 1))
         self.note(torch.cat([mean, unbiased, torch.ones_like(mean[:1])]))
         factor = weight * (variance + self.eps).rsqrt()
-        out: Tensor = values * factor[:, None, None] + (bias - mean * factor)[:, None, None]
+        shape = (-1, *(1 for _ in places))
+        out: Tensor = values * factor.view(shape) + (bias - mean * factor).view(shape)
         return out.to(hidden.dtype)
 
 

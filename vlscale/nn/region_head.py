@@ -19,18 +19,21 @@ def hidden_regions(visual: Visual) -> Tensor:
 class RegionHead(nn.Module):
     """Dense, GELU, LayerNorm, then a linear layer; or a matrix that lives elsewhere, and a bias of its own.
 
-    ViLBERT's and UNITER's heads for classes and features (Lu et al. 2019; Chen et al. 2020, released codes).
+    ViLBERT's and UNITER's heads for classes and features (Lu et al. 2019; Chen et al. 2020, released codes); `inner` =
+    the width between the two, where it is another.
     """
 
-    def __init__(self, width: int, out: int, tied: bool = False) -> None:
+    def __init__(
+        self, width: int, out: int, tied: bool = False, eps: float = NORM_EPS, inner: int | None = None
+    ) -> None:
         super().__init__()
         self.out = out
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, NORM_EPS)
+        self.dense = nn.Linear(width, inner or width)
+        self.norm = nn.LayerNorm(inner or width, eps)
         if tied:
             self.bias = nn.Parameter(torch.zeros(out))
         else:
-            self.decoder = nn.Linear(width, out)
+            self.decoder = nn.Linear(inner or width, out)
         self.apply(init_normal)
 
     def forward(self, hidden: Tensor, matrix: Tensor | None = None) -> Tensor:
@@ -43,5 +46,4 @@ class RegionHead(nn.Module):
 
     def flops(self, rows: int) -> int:
         """FLOPs of one forward pass over so many regions."""
-        width = self.dense.in_features
-        return 2 * rows * width * (width + self.out)
+        return 2 * rows * self.dense.out_features * (self.dense.in_features + self.out)

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from vlscale.nn.queue import KeyQueue, QueueOptions
 from vlscale.nn.temperature import Temperature
-from vlscale.types import Batch, Dims, Fused, Inputs, Keys, Loss, Stream
+from vlscale.types import Batch, Dims, Fused, Inputs, Keys, Loss, Stream, Visual
 
 
 class FamilyLike(Protocol):
     """What an objective may see of a family."""
 
+    offers: frozenset[str]
     dims: Dims
     inputs: Inputs
-    temperature: Temperature
-    text_proj: nn.Module  # [..., D] states -> [..., E]; of families that offer `embed`
+    temperature: Temperature  # of families that offer `temperature`, as are the next two
+    text_proj: nn.Module  # [..., D] states -> [..., E]
     visual_proj: nn.Module
 
     @property
@@ -36,8 +37,20 @@ class FamilyLike(Protocol):
         """[K, D] what `Stream.codes` number; of families that offer `codes`."""
         ...
 
+    def frame_keys(self, visual: Visual) -> Tensor:
+        """[B, T, F] what hidden frames are told apart by; of families that offer `frames`."""
+        ...
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] over words, then visual words; of families that offer `visual_words`."""
+        ...
+
     def fuse(self, text: Stream | None, visual: Stream | None, causal: bool = False) -> Fused:
         """See `families.base.Family.fuse`."""
+        ...
+
+    def flops(self, text_tokens: int) -> dict[str, int]:
+        """See `families.base.Family.flops`."""
         ...
 
 
@@ -71,16 +84,25 @@ class EncodingsLike(Protocol):
         ...
 
     def fused(self, text_view: str, visual_view: str, causal: bool = False) -> Fused:
-        """Both together."""
+        """Both together; or one alone, where the other's view is empty (of families that offer `alone`)."""
+        ...
+
+    def decoded(self, target_view: str, text_view: str, visual_view: str, length: int = 0) -> Tensor:
+        """States [B, L, D] of a text read from left to right beside the fused two, padded to `length` if that is more;
+        of families that offer `decode`."""
         ...
 
     def rows(self, kind: str, view: str, chosen: Tensor) -> Stream:
-        """Samples [n] int64 (numbers in the step's whole batch) of a stream, from wherever they are, with
+        """Rows [n] int64 (numbers in the step's whole batch) of a stream, from wherever they are, with
         gradient; `kind` is `text` or `visual`. hidden [n, L or R, D]; no embed. All ranks take part."""
         ...
 
     def uniforms(self, salt: int) -> Tensor:
         """[B] fp64 in [0, 1): draws that depend on (seed, step, salt, number in the whole batch) alone."""
+        ...
+
+    def chance(self, salt: int) -> float:
+        """A draw in [0, 1) that depends on (seed, step, salt) alone: the same on all ranks and in all micro-batches."""
         ...
 
     def queue(self, name: str) -> KeyQueue:
@@ -98,12 +120,13 @@ class Objective(nn.Module):
     needs: frozenset[str] = frozenset()  # what it asks of a family: text, visual, fuse, embed, ...
     momentum: bool = False  # whether it asks `enc.momentum`
     whole: bool = False  # whether it looks at the step's whole batch (`scope: global`): `share` then gives something
-    # of: text.clean, text.masked, visual.clean, ...; and pairs.mismatch, pairs.swap_tags, pairs.answers: what a batch
-    # holds of mismatched pairs, foreign tags and answered questions
+    # of: text.clean, text.masked, visual.clean, ... (`data.views`); and pairs.mismatch, pairs.swap_tags, pairs.answers:
+    # what a batch holds of mismatched pairs, foreign tags and answered questions
     views: frozenset[str] = frozenset()
     # whether micro-batches may differ in their number of samples (`data.batching`): not where samples are compared with
     # one another or drawn for by their number; `count` then tells what each micro-batch weighs
     uneven: bool = False
+    alone: str = ""  # `text` or `visual`: the modality that it can be asked of alone (`tasks.<name>.modality`)
     fields: frozenset[str] = frozenset()  # of `Visual`, what a detector must have said: classes, class_probs, ...
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
@@ -161,6 +184,6 @@ class Objective(nn.Module):
 
 
 def embed_of(stream: Stream) -> Tensor:
-    """The unit-length embedding [B, E] of a stream, which a family that offers `embed` has made."""
+    """The embedding [B, E] of a stream, which a family that offers `embed` has made."""
     assert stream.embed is not None, "a family that offers `embed` fills Stream.embed"
     return stream.embed

@@ -38,7 +38,7 @@ class Config(QueueOptions):
 class Imc(Objective):
     """Each sample finds its own key, made by the twin, among other keys of the same modality."""
 
-    needs = frozenset({"text", "visual", "embed"})
+    needs = frozenset({"text", "visual", "embed", "temperature"})
     momentum = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
@@ -55,7 +55,7 @@ class Imc(Objective):
         if "text" in self.sides:
             views.add(f"text.{config.text}")
         self.views = frozenset(views)
-        self.needs = frozenset({"embed", *(view.partition(".")[0] for view in views)})
+        self.needs = frozenset({"embed", "temperature", *(view.partition(".")[0] for view in views)})
         self.embed = family.dims.embed
         self.temperature = (family.temperature,)  # in a tuple: it is the family's submodule, not ours
 

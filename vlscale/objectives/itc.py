@@ -54,7 +54,7 @@ class Both(NamedTuple):
 class Itc(Objective):
     """Each picture finds its text among the batch's keys and the queue's, and each text its picture."""
 
-    needs = frozenset({"text", "visual", "embed"})
+    needs = frozenset({"text", "visual", "embed", "temperature"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Itm(Objective):
     """Hard: a true pair among three, each text with a wrong picture, each picture with a wrong text.
     Loader: the batch's own pairs (ViLBERT, LXMERT, UNITER)."""
 
-    needs = frozenset({"text", "visual", "fuse"})  # and with hard negatives: embed
+    needs = frozenset({"text", "visual", "fuse"})  # and with hard negatives: embed, temperature
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Itm(Objective):
         self.hard = config.negatives == "hard"
         self.uneven = not self.hard
         if self.hard:
-            self.needs = frozenset({"text", "visual", "fuse", "embed"})
+            self.needs = self.needs | {"embed", "temperature"}
         self.momentum = self.hard and config.keys == "momentum"
         self.whole = self.hard and config.scope == "global"
         self.twin_view = (config.momentum_visual or config.visual) if self.momentum else config.visual

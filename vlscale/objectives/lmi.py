@@ -43,7 +43,7 @@ class Lmi(Objective):
     patch counts.
     """
 
-    needs = frozenset({"text", "visual", "embed"})
+    needs = frozenset({"text", "visual", "embed", "temperature"})
     momentum = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

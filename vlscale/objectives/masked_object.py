@@ -44,7 +44,7 @@ class MaskedObject(Objective):
     by the detector's confidence alone, so a region that was not hidden counts as much.
     """
 
-    needs = frozenset({"text", "visual", "fuse", "regions"})
+    needs = frozenset({"text", "visual", "fuse", "regions", "detector"})
     uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

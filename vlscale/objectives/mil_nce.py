@@ -1,4 +1,5 @@
-"""MIL-NCE (Miech et al. 2020, equation 1): a clip and its bag of candidate captions, against the other clips' bags."""
+"""MIL-NCE (Miech et al. 2020, arXiv 1912.06430, equation 1): a clip and its bag of candidate captions, against the
+other clips' bags; and UniVL's joint objective (Luo et al. 2020, arXiv 2002.06353, released code)."""
 
 from __future__ import annotations
 
@@ -17,11 +18,16 @@ from vlscale.types import Batch, Loss
 
 @dataclass(frozen=True)
 class Config:
-    """Options."""
+    """Options. UniVL: anchors middle, positives once, scope rank."""
 
     weight: float = 1.0
     text: str = "clean"  # view with K rows for each clip, the rows of one clip together (K from the batch)
     visual: str = "clean"  # view
+    # which clips are compared: each, whose bag are its own captions; or of a sample's n clips that with number n // 2,
+    # whose bag are the captions of all n
+    anchors: Literal["each", "middle"] = "each"
+    # what of a bag's own clips stands beside its captions: they are counted there again, or left out
+    positives: Literal["twice", "once"] = "twice"
     scope: Literal["rank", "global"] = "global"  # columns: of this micro-batch, or of the whole step
     gradient: Literal["exact", "authors"] = "exact"  # theirs is 1 / ranks of it: they never sum it over ranks
 
@@ -32,7 +38,11 @@ class MilNce(Objective):
     With s_ijk = clip i . caption k of clip j: mean over i of
     log( sum_jk exp s_ijk + sum_jk exp s_jik ) - log sum_k exp s_iik.
     A clip's own captions stand in both sums, as in the authors' code (loss.py, where it is intended), so the
-    least value is log 2. Plain dot products of what the family embeds: no temperature.
+    least value is log 2; with `positives: once` the second sum has j != i, and the least value is 0. Plain dot products
+    of what the family embeds: no temperature.
+
+    With `anchors: middle` i is the middle clip of a sample (a video), s_iik ranges over the captions of all its clips,
+    the second sum over i's own captions alone, and j != i there means clips of other samples.
     """
 
     needs = frozenset({"text", "visual", "embed"})
@@ -46,19 +56,29 @@ class MilNce(Objective):
         self.embed = family.dims.embed
 
     def share(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, ...]:
-        """Clips [b, E] and their captions [b, K, E]."""
-        return self._embeds(enc)
+        """Clips [b, n, E] and their captions [b, n, K, E]."""
+        return self._embeds(enc, batch)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
-        """Mean over own clips, [] fp32."""
-        clips, captions = shared or self._embeds(enc)  # [G, E], [G, K, E]
-        first = enc.first if shared else 0
-        own, bags = clips.narrow(0, first, len(batch)).float(), captions.narrow(0, first, len(batch)).float()
+        """Mean over own clips that are compared, [] fp32."""
+        clips, captions = shared or self._embeds(enc, batch)  # [G, n, E], [G, n, K, E]
+        own = slice(enc.first, enc.first + len(batch)) if shared else slice(None)
+        numbers = torch.arange(clips.shape[:2].numel(), device=clips.device).view(clips.shape[:2])
+        anchors, texts, ids = (each[own] for each in (clips.float(), captions.float(), numbers))
+        bags = texts
+        if self.config.anchors == "middle":
+            middle = slice(clips.shape[1] // 2, clips.shape[1] // 2 + 1)
+            numbers = numbers[:, :1].expand(numbers.shape)  # clips of one sample are alike
+            anchors, texts, ids, bags = anchors[:, middle], texts[:, middle], ids[:, :1], bags.flatten(1, 2)[:, None]
+        anchors, texts, ids, bags = (each.flatten(0, 1) for each in (anchors, texts, ids, bags))
         ones = torch.ones(1, device=clips.device)
-        of_clip, best = contrast.log_sum_exp(own, captions.flatten(0, 1), ones)
-        of_captions, _ = contrast.log_sum_exp(bags.flatten(0, 1), clips, ones)
-        positives = (own[:, None] * bags).sum(dim=2)  # [b, K]
-        everything = torch.logaddexp(of_clip, of_captions.view(positives.shape).logsumexp(dim=1))
+        of_clip, best = contrast.log_sum_exp(anchors, captions.flatten(0, 2), ones)
+        apart = None
+        if self.config.positives == "once":
+            apart = (ids.repeat_interleave(texts.shape[1]), numbers.flatten())
+        of_captions, _ = contrast.log_sum_exp(texts.flatten(0, 1), clips.flatten(0, 1), ones, apart=apart)
+        positives = (anchors[:, None] * bags).sum(dim=2)  # [N, K]
+        everything = torch.logaddexp(of_clip, of_captions.view(len(anchors), -1).logsumexp(dim=1))
         loss = (everything - positives.logsumexp(dim=1)).mean()
         if self.config.gradient == "authors":
             loss = loss.detach() + (loss - loss.detach()) / distributed.world_size()
@@ -73,18 +93,20 @@ class MilNce(Objective):
     def head_flops(self, batch: Batch) -> tuple[int, int]:
         """Clips with all captions, and captions with all clips."""
         ranks = distributed.world_size() if self.whole else 1
-        captions = len(batch.text[self.config.text].ids)
-        return 2 * 2 * len(batch) * ranks * captions * self.embed, 0
+        captions, clips = len(batch.text[self.config.text].ids), len(batch.visual[self.config.visual].feats)
+        share = len(batch) / clips if self.config.anchors == "middle" else 1.0  # of the clips that are compared
+        return int(2 * 2 * clips * ranks * captions * self.embed * share), 0
 
-    def _embeds(self, enc: EncodingsLike) -> tuple[Tensor, Tensor]:
-        """Clips [b, E] and captions [b, K, E]."""
+    def _embeds(self, enc: EncodingsLike, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Clips [b, n, E] and captions [b, n, K, E]."""
         clips, captions = embed_of(enc.visual(self.config.visual)), embed_of(enc.text(self.config.text))
         if len(captions) % len(clips):
             raise DataError(
                 f"objectives.mil_nce reads {len(captions)} captions (view '{self.config.text}') for {len(clips)} "
                 f"clips; give every clip the same number of candidates"
             )
-        return clips, captions.view(len(clips), -1, captions.shape[1])
+        clips = clips.view(len(batch), -1, clips.shape[1])
+        return clips, captions.view(*clips.shape[:2], -1, captions.shape[1])
 
 
 build = MilNce

@@ -27,7 +27,9 @@ class Config:
     soften: float = 0.4  # share of the twin's distribution in the targets (configs/Pretrain.yaml: alpha)
     soften_warmup: int = 0  # steps from 0 to that share; the authors take one epoch
     scope: Literal["global", "rank"] = "global"  # one mean over the step's tokens, or one per rank (authors)
-    head: Literal["bert", "tied"] = "bert"  # tied: the word embedding alone, without a parameter (SOHO)
+    # tied: the word embedding alone, without a parameter (SOHO). A family of visual words has a head for both
+    head: Literal["bert", "tied"] = "bert"
+    vocabulary: Literal["joint", "own"] = "joint"  # where there are visual words: whether a word might be one of them
     legacy_token_axis: bool = False  # distil over tokens, not words: the authors' code before March 2022
 
 
@@ -36,7 +38,8 @@ class Mlm(Objective):
 
     needs = frozenset({"text", "visual", "fuse"})
     uneven = True
-    head: WordHead | TiedHead
+    alone = "text"
+    head: WordHead | TiedHead | None  # None = the family's
     head_twin: WordHead | TiedHead | None
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
@@ -48,11 +51,16 @@ class Mlm(Objective):
         self.views = frozenset({f"text.{config.text}", f"visual.{config.visual}"})
         if self.momentum:
             self.views |= {f"visual.{self.twin_view}"}
-        self.head = TiedHead()
-        if config.head == "bert":
-            self.head = WordHead(family.dims.fused, family.dims.vocab, family.dims.norm_eps)
         self.width, self.vocab = family.dims.fused, family.dims.vocab
-        self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if self.momentum else None
+        self.own = self.vocab - family.inputs.codes if config.vocabulary == "own" else self.vocab
+        if "visual_words" in family.offers:
+            self.head = None
+        elif config.head == "bert":
+            self.head = WordHead(self.width, self.vocab, family.dims.norm_eps)
+        else:
+            self.head = TiedHead()
+        twin = self.momentum and self.head is not None
+        self.head_twin = copy.deepcopy(self.head).requires_grad_(False) if twin else None  # type: ignore[union-attr]
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
         """(1 - share) * hard + share * soft cross-entropy, mean over labelled tokens, [] fp32; 0 if none."""
@@ -60,7 +68,7 @@ class Mlm(Objective):
         assert labels is not None, "the masked view carries labels"
         picked = labels != IGNORE
         words, hidden = labels[picked], self._hidden(enc, self.config.visual)  # [M], [B, L, D]
-        logits = self.head(hidden[picked], enc.family.word_embedding.weight).float()  # [M, V]
+        logits = self._logits(self.head, enc.family, hidden[picked])  # [M, V]
         terms = max(len(words), 1)
         hard = F.cross_entropy(logits, words, reduction="sum") / terms
         metrics = {
@@ -68,11 +76,11 @@ class Mlm(Objective):
             "mlm/accuracy": (logits.detach().argmax(dim=1) == words).sum() / terms,
         }
         told = {"mlm/accuracy": words}
-        if self.head_twin is None:
+        if not self.momentum:
             return Loss(hard, metrics, told)
         log_words = F.log_softmax(logits, dim=1)
         if self.config.legacy_token_axis:
-            every = self.head(hidden, enc.family.word_embedding.weight).float()  # [B, L, V]
+            every = self._logits(self.head, enc.family, hidden)  # [B, L, V]
             log_words = F.log_softmax(every, dim=1)[picked]
         soft = -(log_words * self._soft_labels(enc, picked)).sum() / terms
         metrics["mlm/soft"] = soft.detach()
@@ -86,8 +94,8 @@ class Mlm(Objective):
         return (labels != IGNORE).sum() if self.config.scope == "global" else None
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The head and its momentum copy."""
-        return [(self.head, self.head_twin)] if self.head_twin is not None else []
+        """The head and its momentum copy; the family's moves with the family."""
+        return [(self.head, self.head_twin)] if self.head is not None and self.head_twin is not None else []
 
     def passes(self) -> dict[str, float]:
         """Masked text, picture and their fusion, also by the twin if it gives soft labels."""
@@ -109,6 +117,14 @@ class Mlm(Objective):
             picked if self.momentum else 0
         )
 
+    def _logits(self, head: nn.Module | None, family: FamilyLike, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] fp32."""
+        if head is None:
+            logits = family.token_logits(hidden)[..., : self.own]
+        else:
+            logits = head(hidden, family.word_embedding.weight)
+        return logits.float()
+
     def _hidden(self, enc: EncodingsLike, visual: str) -> Tensor:
         hidden = enc.fused(self.config.text, visual).text
         assert hidden is not None, "a family that offers `fuse` fills Fused.text"
@@ -116,10 +132,8 @@ class Mlm(Objective):
 
     @torch.no_grad()
     def _soft_labels(self, enc: EncodingsLike, picked: Tensor) -> Tensor:
-        assert self.head_twin is not None
         hidden = self._hidden(enc.momentum, self.twin_view)[picked]  # first: its passes release the table under ZeRO-3
-        logits: Tensor = self.head_twin(hidden, enc.momentum.family.word_embedding.weight)
-        return logits.float().softmax(dim=1)
+        return self._logits(self.head_twin, enc.momentum.family, hidden).softmax(dim=1)
 
 
 build = Mlm

@@ -29,7 +29,7 @@ class Config:
 class Mrc(Objective):
     """The class that the detector gave a hidden region; the background is a class of the head and never a label."""
 
-    needs = frozenset({"text", "visual", "fuse", "regions"})
+    needs = frozenset({"text", "visual", "fuse", "regions", "detector"})
     uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -30,7 +30,7 @@ class MrcKl(Objective):
     """What the detector saw in a hidden region, as its whole distribution (background counted where it has one)."""
 
     fields = frozenset({"class_probs"})
-    needs = frozenset({"text", "visual", "fuse", "regions"})
+    needs = frozenset({"text", "visual", "fuse", "regions", "detector"})
     uneven = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -24,6 +24,8 @@ class Config:
     decoder: Literal["own", "tied"] = "own"
     # the sum of squares over hidden regions x feature width (UNITER), or over hidden regions
     reduction: Literal["regions", "elements"] = "elements"
+    # the sum of squares of a region's error (UNITER), or its root, whose mean is over hidden regions (HERO's MFFR)
+    error: Literal["squared", "norm"] = "squared"
     scope: Literal["global", "rank"] = "global"  # one mean over the step's hidden regions, or one per rank (authors)
 
 
@@ -42,16 +44,18 @@ class Mrfr(Objective):
         self.tied = config.decoder == "tied"
         if self.tied:
             self.needs = self.needs | {"tied_regions"}
-        self.head = RegionHead(family.dims.visual, family.dims.feats, self.tied)
+        self.head = RegionHead(family.dims.visual, family.dims.feats, self.tied, family.dims.norm_eps)
 
     def forward(self, enc: EncodingsLike, batch: Batch, shared: tuple[Tensor, ...] = ()) -> Loss:
-        """Squared error, mean over hidden regions (and features), [] fp32; 0 if none is hidden."""
+        """Error, mean over hidden regions (and features), [] fp32; 0 if none is hidden."""
         visual = self._visual(batch)
         assert visual.targets is not None, "the masked view carries the features it hid"
         picked = hidden_regions(visual)
         targets = visual.targets[picked].float()  # [M, F]
-        terms = F.mse_loss(self.features(enc, picked), targets, reduction="sum")
-        regions = max(len(targets), 1)
+        features, regions = self.features(enc, picked), max(len(targets), 1)
+        if self.config.error == "norm":
+            return Loss((features - targets).norm(dim=1).sum() / regions, {})
+        terms = F.mse_loss(features, targets, reduction="sum")
         number = regions * self.head.out if self.config.reduction == "elements" else regions
         return Loss(terms / number, {})
 

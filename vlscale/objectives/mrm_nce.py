@@ -43,7 +43,7 @@ class MrmNce(Objective):
     """
 
     fields = frozenset({"targets"})
-    needs = frozenset({"text", "visual", "fuse", "regions"})
+    needs = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

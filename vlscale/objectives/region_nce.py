@@ -41,7 +41,7 @@ class RegionNce(Objective):
     enters twice instead.
     """
 
-    needs = frozenset({"text", "visual", "fuse", "regions"})
+    needs = frozenset({"text", "visual", "fuse", "regions", "detector"})
     momentum = True
 
     def __init__(self, config: Config, family: FamilyLike) -> None:

@@ -33,7 +33,7 @@ class Sigmoid(Objective):
     round the ring of ranks (section 3.3). Steps of several micro-batches share them as other objectives do.
     """
 
-    needs = frozenset({"text", "visual", "embed"})
+    needs = frozenset({"text", "visual", "embed", "temperature"})
 
     def __init__(self, config: Config, family: FamilyLike) -> None:
         super().__init__()

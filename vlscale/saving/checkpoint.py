@@ -35,7 +35,6 @@ from vlscale.types import DTYPES
 if TYPE_CHECKING:
     from vlscale.engine import Engine
 
-FOLDER = "checkpoints"  # of a run
 BESIDE = (run_folder.CONFIG, vocabulary.TOKENIZER, vocabulary.ANSWERS)  # those in a store: to go on with
 THREADS = 4  # files that a rank hashes at a time
 FILE_NAME = re.compile(r"\w[\w.-]*")
@@ -85,7 +84,7 @@ class Checkpoint:
 
 def target(out: Path, to: str | None) -> Target:
     """Where the checkpoints of the run in `out` lie; `to` is `checkpoint.to`."""
-    return Remote(to) if to else Folder(out / FOLDER)
+    return Remote(to) if to else Folder(out / run_folder.CHECKPOINTS)
 
 
 def keep_beside(out: Path, to: str | None) -> str:
@@ -201,8 +200,8 @@ def find(path: str, warn: Callable[[str], None] = to_stderr) -> Checkpoint:
         found = newest(Remote(path), warn)
     elif not path or not folder.is_dir():
         raise ConfigError(f"'{path}' is no folder; give a run folder or one of its checkpoints/step_*")
-    elif (folder / FOLDER).is_dir():
-        found = newest(Folder(folder / FOLDER), warn)
+    elif (folder / run_folder.CHECKPOINTS).is_dir():
+        found = newest(Folder(folder / run_folder.CHECKPOINTS), warn)
     elif to := _elsewhere(folder):
         found = newest(Remote(to), warn)
     else:
@@ -269,7 +268,7 @@ def _fetch(place: Remote, step: int) -> Checkpoint:
     fetched = agreement.together(lambda: _room() if index == 0 else None)
     paths = distributed.gather_objects(fetched and fetched.path)
     run = Path(str(paths[here[0]]))
-    folder = run / FOLDER / step_name(step)
+    folder = run / run_folder.CHECKPOINTS / step_name(step)
     manifest = [(f"{step_name(step)}/{MANIFEST}", folder / MANIFEST)]
     agreement.together(lambda: _get(place, [] if index else manifest))
     listed = list(agreement.together(lambda: _listed(folder)))
