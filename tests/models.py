@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from vlscale.families import albef
 from vlscale.model import PretrainModel
@@ -40,20 +41,57 @@ def batch_for(inputs: Inputs, vocab: int, size: int = 4, padding: int = 0, seed:
     mask = torch.arange(width) < lengths[:, None]
     ids = torch.nn.functional.pad(ids, (0, padding)) * mask
     hidden = torch.nn.functional.pad(hidden, (0, padding)) & mask
+    text = {
+        "clean": Text(ids, mask),
+        "masked": Text(ids.masked_fill(hidden, 3), mask, ids.masked_fill(~hidden, IGNORE)),
+        "target": written(ids, mask),
+    }
+    visual = pictures_for(inputs, size, generator)
     return Batch(
-        text={
-            "clean": Text(ids, mask),
-            "masked": Text(ids.masked_fill(hidden, 3), mask, ids.masked_fill(~hidden, IGNORE)),
-        },
-        visual=pictures_for(inputs, size, generator),
+        text=sentences_for(text, visual["clean"]) if inputs.sentences else text,
+        visual=visual,
         pair_id=torch.arange(size),
         matched=torch.arange(size) % 2 == 0 if inputs.regions else None,
         answers=torch.where(torch.arange(size) % 4 == 1, IGNORE, torch.arange(size) % 3),
     )
 
 
+def written(ids: torch.Tensor, mask: torch.Tensor) -> Text:
+    """Every place but the last reads a token, and its label is the next."""
+    read, following = ids[:, :-1], mask[:, 1:]
+    return Text(read * following, following, ids[:, 1:].masked_fill(~following, IGNORE))
+
+
+def sentences_for(text: dict[str, Text], clean: Visual) -> dict[str, Text]:
+    """Of each sample three sentences: its text, another's, and none; those with frames overlap, and some have none. The
+    first two are queries."""
+    assert clean.mask is not None
+    frames = clean.mask.sum(dim=1)
+    middle = frames // 2
+    spans = torch.stack([torch.zeros_like(frames), middle + 1, middle, frames, frames, frames], dim=1)
+    spans[1::2, 2:4] = 0
+
+    def three(each: Tensor | None, fill: int) -> Tensor | None:
+        if each is None:
+            return None
+        return torch.stack([each, each.flip(0), torch.full_like(each, fill)], dim=1).flatten(0, 1)
+
+    def rows(view: Text) -> Text:
+        ids, mask = three(view.ids, 0), three(view.mask, False)
+        assert ids is not None
+        assert mask is not None
+        return Text(ids, mask, three(view.labels, IGNORE), spans=spans.view(-1, 2))
+
+    made = {name: rows(view) for name, view in text.items()}
+    asked = torch.arange(len(spans) * 3).view(-1, 3)[:, :2].flatten()
+    ids, mask, spans = made["clean"].ids[asked], made["clean"].mask[asked], spans.view(-1, 2)[asked]
+    return {**made, "query": Text(ids, mask, spans=spans)}
+
+
 def pictures_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[str, Visual]:
-    """Pixels; or regions of several numbers, some of them hidden in the view `masked`."""
+    """Pixels; or regions or frames of several numbers, some of them hidden in the view `masked`."""
+    if inputs.frames:
+        return clips_for(inputs, size, generator)
     if not inputs.regions:
         shape = (size, 3, inputs.image_size, inputs.image_size)
         clean = Visual(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
@@ -72,6 +110,29 @@ def pictures_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[
         "clean": clean,
         "masked": clean._replace(feats=feats.masked_fill(picked[..., None], 0.0), picked=picked, targets=feats),
     }
+
+
+def clips_for(inputs: Inputs, size: int, generator: torch.Generator) -> dict[str, Visual]:
+    """Frames as the family reads them: pixels, features or visual words; some hidden, and some out of their order."""
+    mask = torch.arange(inputs.frames) < torch.arange(inputs.frames, inputs.frames - size, -1).clamp(min=2)[:, None]
+    picked = (torch.rand(mask.shape, generator=generator) < 0.3) & mask
+    picked[:, 0] = True
+    feats = torch.rand(*mask.shape, inputs.feats, generator=generator) * mask[..., None]
+    if inputs.image_size:
+        shape = (*mask.shape, 3, inputs.image_size, inputs.image_size)
+        clean = Visual(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), mask)
+        return {"clean": clean, "masked": clean._replace(picked=picked)}
+    order = torch.arange(inputs.frames).repeat(size, 1)
+    order[:, :2] = order[:, :2].flip(1)
+    chosen = (torch.arange(inputs.frames) < 2).repeat(size, 1)
+    clean = Visual(feats, mask)
+    hidden = clean._replace(feats=feats.masked_fill(picked[..., None], 0.0), picked=picked, targets=feats)
+    if inputs.codes:
+        words = torch.randint(0, inputs.codes, mask.shape, generator=generator) * mask
+        clean = clean._replace(codes=words)
+        changed = torch.where(picked, (words + 1) % inputs.codes, words)
+        hidden = hidden._replace(codes=changed, code_labels=words.masked_fill(~picked, IGNORE))
+    return {"clean": clean, "masked": hidden, "shuffled": clean._replace(order=order, picked=chosen)}
 
 
 def albef_batch(size: int = 4, padding: int = 0, seed: int = 0) -> Batch:

@@ -22,7 +22,7 @@ Gradients = dict[str, Tensor]
 class Tables(Family):
     """Pictures and texts name rows of two tables [n, E]; not normalised."""
 
-    offers = frozenset({"text", "visual", "embed"})
+    offers = frozenset({"text", "visual", "embed", "temperature"})
 
     def __init__(self, image: Tensor, text: Tensor, temperature: float = 0.5) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def assembler(shards: Shards, tokenizer: Tokenizer, inputs: Inputs, answers: Any
 def draw_all(shards: Shards, folder: Path, inputs: Inputs, views: dict[str, Any], **more: Any) -> list[Sample]:
     """Sample 2 at many positions."""
     make, draws = assembler(shards, make_tokenizer(folder, inputs), inputs, **more), Draws(5)
-    parsed = parse(views, regions=True)
+    parsed = parse(views, inputs)
     return [make(2, parsed, lambda stream, position=position: draws(position, stream)) for position in range(DRAWS)]
 
 
@@ -177,14 +177,14 @@ def test_a_sample_without_regions_is_named(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, {2: members(2)[:2]})
     make = assembler(shards, make_tokenizer(tmp_path, REGIONS), REGIONS)
     with pytest.raises(BrokenSampleError, match=r"sample 's2' .* has no 'regions.npz' but png, json"):
-        make(2, parse({"visual.clean": {}}, regions=True), lambda stream: Draws(0)(0, stream))
+        make(2, parse({"visual.clean": {}}, REGIONS), lambda stream: Draws(0)(0, stream))
 
 
 def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
     count = 150  # more than may be broken in a row, so that walking on does not help
     special = {number: members(number) for number in range(count)} | {7: members(7)[:1]}
     shards = Shards(write_samples(tmp_path / "shards", count, count, special), tmp_path / "cache")
-    views = {"all": parse({"text.clean": {}, "pairs.mismatch": {"prob": 1.0}}, regions=True)}
+    views = {"all": parse({"text.clean": {}, "pairs.mismatch": {"prob": 1.0}}, REGIONS)}
     preprocessing = Preprocessing(views, TaskOrder({"all": 1.0}, 0), 0)
     make = MicroBatches(
         shards, make_tokenizer(tmp_path, REGIONS), REGIONS, preprocessing, lambda positions: positions % count

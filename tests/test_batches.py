@@ -36,7 +36,7 @@ def shapes_of(folder: Path, words: Numbers, seen: Numbers, seed: int = 0, mismat
     for name, column in columns.items():
         np.save(folder / f"{name}.npy", column.astype(np.int16))
     np.save(folder / "first.npy", np.arange(count + 1))
-    views = parse({"pairs.mismatch": {"prob": 0.5, "replace": "picture"}} if mismatch else {}, regions=True)
+    views = parse({"pairs.mismatch": {"prob": 0.5, "replace": "picture"}} if mismatch else {}, INPUTS)
     return Shapes(Lengths(folder), Order([Source("data", (0, count))], seed), seed, {"all": views}, INPUTS)
 
 
@@ -168,7 +168,7 @@ def test_steps_of_one_source_stay_so(tmp_path: Path) -> None:
     shapes_of(tmp_path, words, seen)
     sources = [Source("a", (0, 200), 1.0), Source("b", (200, 600), 3.0)]
     order = Order(sources, 0, mix="step", batch=48)
-    shapes = Shapes(Lengths(tmp_path), order, 0, {"all": parse({}, regions=True)}, INPUTS)
+    shapes = Shapes(Lengths(tmp_path), order, 0, {"all": parse({}, INPUTS)}, INPUTS)
     sizes = {"batch": 48, "pool": 16, "runs": 4}
     one = Balanced(shapes, ONE_TASK, Spread(1, 0, 1, 0), **sizes)
     found = [order(one.positions(step)) < 200 for step in range(1, 33)]

@@ -75,7 +75,7 @@ def test_a_view_that_nobody_gives() -> None:
         build.build_model(config.from_tree("mine", tree))
     assert str(caught.value) == (
         "the objectives read the view(s) ['text.masked'], but views gives ['text.clean', 'visual.clean']; "
-        "add e.g. views.text.masked={}"
+        "add e.g. 'views.text.masked={mask_tokens: {}}'"
     )
 
 

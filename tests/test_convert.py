@@ -45,6 +45,9 @@ SYSTEMS = {  # system: (runner that knows its sizes, tensors that the authors st
     "oscar": ("oscar", 1),
     "oscar_plus": ("oscar", 1),
     "vlp": ("vlp", 1),
+    "videobert": ("videobert", 0),
+    "cbt": ("cbt", 0),
+    "univl": ("univl", 9),  # tied tables, and poolers that nobody reads
     "soho": ("soho", 24),  # and BatchNorm's counts of batches
 }
 
@@ -72,6 +75,8 @@ def test_authors_weights_there_and_back(system: str, tmp_path: Path) -> None:
     theirs = {
         name: each for name, each in folder.tensors("weights.safetensors").items() if "visual_target_" not in name
     }
+    if system == "cbt":
+        theirs["text_segments.weight"] = torch.zeros(2, folder.config["hidden_size"])  # BERT's; the reference has none
     save_file(theirs, tmp_path / "authors.safetensors")
     sizes, (family, without) = expected_sizes(system, folder), SYSTEMS[system]
     ours, back = tmp_path / "ours", tmp_path / "back.safetensors"
@@ -426,6 +431,13 @@ def test_what_a_file_cannot_tell_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--recipe quickstart is of family 'albef'"):
         convert.from_published("uniter", file, out, "quickstart", overrides)
     assert not Path(out).exists()
+
+
+def test_frames_as_wide_as_words_have_heads_of_their_own(tmp_path: Path) -> None:
+    file = str(reference("cbt").path / "weights.safetensors")
+    asked = r"add family\.heads=NUMBER family\.cross_heads=NUMBER family\.visual_heads=NUMBER"
+    with pytest.raises(ConfigError, match=asked):
+        convert.from_published("cbt", file, str(tmp_path / "out"), None, [])
 
 
 def test_a_tensor_that_the_system_does_not_have(tmp_path: Path) -> None:

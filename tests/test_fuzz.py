@@ -120,7 +120,7 @@ def named(error: BrokenSampleError, shards: Shards, i: int) -> str:
 
 def in_batches(shards: Shards, numbers: range, good: set[int], inputs: Inputs, tokenizer: Tokenizer) -> None:
     """As the loader makes micro-batches: sound samples come out, the others too or are named."""
-    preprocessing = Preprocessing({"all": parse(VIEWS, inputs.regions > 0)}, TaskOrder({"all": 1.0}, 0), 0)
+    preprocessing = Preprocessing({"all": parse(VIEWS, inputs)}, TaskOrder({"all": 1.0}, 0), 0)
     made = MicroBatches(shards, tokenizer, inputs, preprocessing, lambda positions: positions)(
         np.arange(len(numbers)), "all"
     )

@@ -119,7 +119,7 @@ def test_other_keys_of_the_same_picture(same_picture: str, batch_keys: str) -> N
 def test_one_side_asks_nothing_of_the_other(sides: str, kind: str, other: str) -> None:
     model = model_of(sides=sides, **TWO_VIEWS)
     objective: Any = model.objectives["imc"]
-    assert objective.needs == {"embed", kind}
+    assert objective.needs == {"embed", "temperature", kind}
     assert all(view.startswith(kind) for view in model.views())
     assert all(kind in name for name in objective.passes())
     batch = two_views()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def shown(batch: Batch) -> tuple[list[int], list[int]]:
 def test_lengths_at_positions_are_those_of_the_micro_batches(
     shards: Shards, tokenizer: Tokenizer, tmp_path: Path, inputs: Inputs, pairs: Mapping[str, Mapping[str, object]]
 ) -> None:
-    views = {"all": parse({"text.clean": {}, "visual.clean": {}, **pairs}, regions=True)}
+    views = {"all": parse({"text.clean": {}, "visual.clean": {}, **pairs}, INPUTS)}
     preprocessing = Preprocessing(views, TaskOrder({"all": 1.0}, 5), 5, answers={"red": 0})
     order = Order([Source("data", (0, COUNT))], 5)
     positions = np.arange(3 * COUNT)
@@ -97,10 +98,27 @@ def test_lengths_at_positions_are_those_of_the_micro_batches(
 def test_own_lengths_leave_out_what_a_task_swaps(shards: Shards, tokenizer: Tokenizer, tmp_path: Path) -> None:
     order = Order([Source("data", (0, COUNT))], 0)
     lengths = measure(shards, tokenizer, "vocabulary", Reading(INPUTS, 0), tmp_path)
-    swapped = {"all": parse({"pairs.mismatch": {"prob": 1.0, "replace": "picture"}}, regions=True)}
+    swapped = {"all": parse({"pairs.mismatch": {"prob": 1.0, "replace": "picture"}}, INPUTS)}
     shapes, positions = Shapes(lengths, order, 0, swapped, INPUTS), np.arange(COUNT)
     assert shapes.own(positions)[1].tolist() == [min(6, 1 + i % 8) for i in order(positions).tolist()]
     assert shapes(positions, "all")[1].tolist() != shapes.own(positions)[1].tolist()
+
+
+def test_a_clip_counts_with_its_longest_sentence_and_all_its_frames(tmp_path: Path) -> None:
+    def clip(i: int) -> Members:
+        said = [{"start": k, "end": k + 1, "text": " ".join(["red"] * (k + i))} for k in range(1, 4)]
+        packed, plain = BytesIO(), BytesIO()
+        np.savez_compressed(packed, features=np.zeros((2 + i, 3), np.float16), times=np.arange(2 + i))
+        np.savez(plain, other=np.zeros(1), features=np.zeros((2 + i, 3)), times=np.arange(2 + i))
+        data = (packed, plain)[i % 2].getvalue()
+        return [(f"s{i}.json", json.dumps({"sentences": said}).encode()), (f"s{i}.frames.npz", data)]
+
+    members = [*(member for i in range(8) for member in clip(i)), ("s8.json", b"{}")]
+    shards = Shards(write_tar(tmp_path / "a.tar", members), tmp_path)
+    inputs = Inputs(0, 9, True, feats=3, frames=7)
+    lengths = measure(shards, make_tokenizer(tmp_path, inputs), "vocabulary", Reading(inputs, 0), tmp_path / "lengths")
+    assert lengths.texts.tolist() == [*(min(9, 5 + i) for i in range(8)), 2]  # special tokens counted
+    assert lengths.seen.tolist() == [*(min(7, 2 + i) for i in range(8)), 2]  # the last is broken
 
 
 def test_pictures_that_keep_their_shape_count_their_cells(tmp_path: Path) -> None:

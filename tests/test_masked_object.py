@@ -24,7 +24,7 @@ SAMPLES, REGIONS, WIDTH, FEATS, CLASSES, ATTRIBUTES = 4, 5, 6, 7, 8, 3
 class Regions(Family):
     """Each region through one linear layer."""
 
-    offers = frozenset({"text", "visual", "fuse", "regions"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import albef_model, batch_for
 from tests.test_contracts import PAIRS, batch_of, built, short
-from vlscale import config, distributed, ds_config
+from vlscale import config, distributed
 from vlscale.config import RunConfig
 from vlscale.engine import DeepSpeedEngine, StepReport
 from vlscale.errors import TrainingError
@@ -29,9 +30,8 @@ from vlscale.objectives import itm, mlm, mvm
 from vlscale.options import NonFiniteConfig
 from vlscale.saving.pieces import Reader, file_of, write
 from vlscale.train import one_step
-from vlscale.types import Batch, Loss, Moment, Visual
+from vlscale.types import Batch, Loss, Moment, Stream, Visual
 
-FILES = Path(__file__).parent.parent / "ds_configs"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 MICRO_BATCHES = 2  # per rank and step
 HYPER = ("optim.warmup=0", "steps=10", "momentum.coefficient=0.9", "optim.lr=0.001", "optim.scale={}")
@@ -77,13 +77,9 @@ def micro_batches(shape: Any, step: int, poisoned: bool) -> list[Batch]:
 def engine_of(name: str, precision: str, model: PretrainModel, run: RunConfig) -> Any:
     if name == "local":
         return LocalEngine(model, run.optim, torch.device("cpu"), accumulation=MICRO_BATCHES)
-    path = str(FILES / f"{name}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
-    if precision == "fp32":
-        tree = {key: value for key, value in tree.items() if key not in ("bf16", "data_types")}
-    ranks = distributed.world_size()
-    decided = ds_config.Decided("test", 4 * MICRO_BATCHES * ranks, 4, run.optim.clip)
-    return DeepSpeedEngine(model, ds_config.merge(tree, path, decided, ranks), run.optim, distributed.init())
+    batch = 4 * MICRO_BATCHES * distributed.world_size()
+    config = configuration(name, batch, 4, run.optim.clip, precision)
+    return DeepSpeedEngine(model, config, run.optim, distributed.init())
 
 
 def state_of(machine: Any) -> State:
@@ -194,9 +190,20 @@ def test_nor_in_plain_pytorch(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "objective"), PAIRS, ids=short)
-def test_no_objective_ends_the_run_by_itself(family: ModuleType, objective: ModuleType) -> None:
+def test_no_objective_ends_the_run_by_itself(
+    family: ModuleType, objective: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is not a number reaches the gradients, where all ranks see it."""
     _, model = built(family, objective)
+    encode = model.family.encode_visual
+
+    def spoilt(visual: Visual) -> Stream:
+        stream = encode(visual)
+        rows = torch.arange(len(stream.hidden))[:, None, None]
+        return stream._replace(hidden=stream.hidden.masked_fill(rows == 1, torch.nan))
+
+    if model.family.inputs.codes:  # visual words are whole numbers, so what is made of one is spoilt
+        monkeypatch.setattr(model.family, "encode_visual", spoilt)
     batch = batch_of(model.family.config)  # type: ignore[arg-type]
     views = {view: visual._replace(feats=visual.feats.float()) for view, visual in batch.visual.items()}
     for visual in views.values():

@@ -27,7 +27,7 @@ SAMPLES, REGIONS, WIDTH = 4, 5, 6
 class Regions(Family):
     """Each region, and the mean of the text's ids, through one linear layer; `Fused.visual` is what counts."""
 
-    offers = frozenset({"text", "visual", "fuse", "regions"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()

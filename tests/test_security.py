@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tests.runs import ROOT, TINY, environment
 from tests.shard_files import png, write_tar
 from vlscale import config, ds_config, run_folder, weights
+from vlscale.data.clip_files import read_tracks
 from vlscale.data.formats.recognise import refuse_pickle
 from vlscale.data.regions import parse
 from vlscale.data.shards import Shards
@@ -130,6 +131,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a DeepSpeed configuration": ("ds.json", lambda file: ds_config.load(str(file))),
     "a run folder": ("config.yaml", lambda file: run_folder.differing(file.parent, {})),
     "regions": ("regions.npz", lambda file: parse(file.read_bytes(), 4, frozenset(), None)),
+    "features of frames": ("frames.npz", lambda file: read_tracks(file.read_bytes())),
     "a vocabulary": ("vocab.txt", lambda file: read_tokenizer(file)),
     "annotations": ("refs.json", refuse_pickle),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import batch_for
 from tests.states import whole_weights
 from tests.whole_steps import check_whole, over_ranks, part
-from vlscale import distributed, ds_config
+from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import ConfigError
 from vlscale.families import clip, vlp
@@ -218,11 +218,7 @@ def series(zero3: bool) -> dict[str, list[float]]:
     """Losses and gradient norms of some steps with four samples, then the norms of the family's weights."""
     optim, ranks = OptimConfig(clip=5.0), distributed.world_size()
     if zero3:
-        path = str(Path(__file__).parent.parent / "ds_configs" / "zero3.json")
-        tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
-        del tree["bf16"]
-        tree.pop("data_types", None)
-        config = ds_config.merge(tree, path, ds_config.Decided("test", 4, 4 // ranks, optim.clip), ranks)
+        config = configuration("zero3", 4, 4 // ranks, optim.clip)
         engine: Any = DeepSpeedEngine(half_both_ways(), config, optim, distributed.init())
     else:
         engine = LocalEngine(half_both_ways(), optim, torch.device("cpu"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import batch_for
 from tests.reference.__main__ import main
 from tests.shard_files import reference_folder
 from tests.states import whole_weights
 from tests.whole_steps import check_whole
-from vlscale import distributed, ds_config
+from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import soho
@@ -31,7 +31,6 @@ from vlscale.optim import OptimConfig
 from vlscale.types import Batch, Moment, Visual
 from vlscale.weights import fill
 
-FILES = Path(__file__).parent.parent / "ds_configs"
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, clip=1.0)
 
 
@@ -338,12 +337,8 @@ def series(engine: Any, ranks: list[int]) -> dict[str, Any]:
 
 
 def deepspeed_series(name: str) -> dict[str, Any]:
-    path = str(FILES / f"{name}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
-    tree.pop("bf16", None)
-    tree.pop("data_types", None)
-    config = ds_config.merge(tree, path, ds_config.Decided("test", 8, 4, OPTIM.clip), distributed.world_size())
-    return series(DeepSpeedEngine(model_of(), config, OPTIM, distributed.init()), [distributed.rank()])
+    engine = DeepSpeedEngine(model_of(), configuration(name, 8, 4, OPTIM.clip), OPTIM, distributed.init())
+    return series(engine, [distributed.rank()])
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests import engines
 from tests.distributed.spawn import run_ranks
 from tests.models import batch_for
 from tests.test_recipes import shrunk
-from vlscale import build, distributed, ds_config, plan, train
+from vlscale import build, distributed, plan, train
 from vlscale.build import Request
 from vlscale.collectives import Volume
 from vlscale.engine import DeepSpeedEngine
@@ -167,18 +168,13 @@ class Case(NamedTuple):
 
 
 def configuration(case: Case) -> dict[str, Any]:
-    path = str(FILES / f"zero{case.stage}.json")
-    tree = ds_config.for_device(ds_config.load(path), path, cuda=False)
-    if case.precision == "fp32":
-        tree.pop("bf16", None)
-        tree.pop("data_types", None)
+    batch = SAMPLES * case.micro_batches * distributed.world_size()
+    tree = engines.configuration(f"zero{case.stage}", batch, SAMPLES, 1.0, case.precision)
     if case.stage == 3:
         tree["zero_optimization"]["stage3_param_persistence_threshold"] = case.small
     if case.reuse is not None:
         tree["zero_optimization"] |= {"stage3_max_reuse_distance": case.reuse, "stage3_prefetch_bucket_size": 0}
-    ranks = distributed.world_size()
-    decided = ds_config.Decided("test", SAMPLES * case.micro_batches * ranks, SAMPLES, 1.0)
-    return ds_config.merge(tree, path, decided, ranks)
+    return tree
 
 
 def on_a_rank(cases: list[Case]) -> list[tuple[list[Part], dict[str, int]]]:

@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed.spawn import run_ranks
+from tests.engines import configuration
 from tests.models import batch_for
 from tests.reference.__main__ import main
 from tests.shard_files import reference_folder
 from tests.states import whole_weights
-from vlscale import distributed, ds_config
+from vlscale import distributed
 from vlscale.engine import DeepSpeedEngine
 from vlscale.errors import CheckpointError, ConfigError
 from vlscale.families import uniter
@@ -294,12 +295,7 @@ def task_series(zero3: bool) -> dict[str, list[float]]:
     """Losses and gradient norms of some steps, then the norms of the family's weights, by their names' order."""
     optim = OptimConfig(weight_decay=0.1, clip=5.0)
     if zero3:
-        path = str(Path(__file__).parent.parent / "ds_configs" / "zero3.json")
-        tree = ds_config.for_device(ds_config.load(path), path, torch.cuda.is_available())
-        del tree["bf16"]
-        tree.pop("data_types", None)
-        config = ds_config.merge(tree, path, ds_config.Decided("test", 4, 4, optim.clip), 1)
-        engine: Any = DeepSpeedEngine(task_model(), config, optim, distributed.init())
+        engine: Any = DeepSpeedEngine(task_model(), configuration("zero3", 4, 4, optim.clip), optim, distributed.init())
     else:
         engine = LocalEngine(task_model(), optim, torch.device("cpu"))
     losses, norms = [], []

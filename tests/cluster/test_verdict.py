@@ -8,7 +8,7 @@ import pytest
 
 from vlscale.cluster.verdict import Ended, Left, judge, meaning
 
-TOLD, LIMIT, LOST, STUCK = {"told": True}, {"told": True, "limit": True}, {"lost": ("node3",)}, {"headway": False}
+TOLD, LIMIT, LOST, STUCK = {"ending": "other"}, {"ending": "limit"}, {"lost": ("node3",)}, {"headway": False}
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_an_evaluation_can_be_repeated_and_leaves_no_trace(tmp_path: Path) -> No
 
 def test_what_the_samples_hold_no_case_of_is_left_out(tmp_path: Path) -> None:
     held = held_out(tmp_path, 4)
-    silent = views.TextView(views.MaskTokens(prob=1e-9, at_least_one=False))
+    silent = views.TextView(mask_tokens=views.MaskTokens(prob=1e-9, at_least_one=False))
     nothing = replace(VIEWS, text={"clean": views.TextView(), "masked": silent})
     found = pretext.measure(replace(held, preprocessing=replace(held.preprocessing, views={"all": nothing}))).metrics
     assert "eval/pretext/itm/accuracy" in found

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 class Looker(nn.Module):
     """Embeds the mean colour of a picture, and of a caption the three numbers that it consists of."""
 
-    offers = frozenset({"text", "visual", "embed"})
+    offers = frozenset({"text", "visual", "embed", "temperature"})
 
     def __init__(self) -> None:
         super().__init__()

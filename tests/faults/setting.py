@@ -1,4 +1,4 @@
-"""The small runs that are broken: three recipes, ZeRO 0 to 3, one or two ranks, all in a second or a few."""
+"""The small runs that are broken: six recipes, ZeRO 0 to 3, one or two ranks, all in a second or a few."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ RECIPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "soho": ("soho_tiny", ()),  # dictionary, BatchNorm
     "uniter": ("uniter_tiny", ()),  # a task a step
+    "milnce": ("milnce_tiny", ()),  # clips of pixels, frozen words, BatchNorm
+    "hero": ("hero_tiny", ()),  # features of clips, sentences of several numbers
 }
 STAGES = {0: ("zero0", "fp32"), 1: ("zero1",), 2: ("zero2", "zero2_offload"), 3: ("zero3", "zero3_offload")}
 SAMPLES = {"train": 128, "val": 8}
+KINDS = ("pixels", "regions", "clips")
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,22 @@ def draw(seed: int, recipes: Sequence[str], stages: Sequence[int], ranks: Sequen
 
 def write_recipes(folder: Path) -> None:
     """The recipes and their few samples, into `folder`."""
-    for regions in (False, True):
-        where = folder / ("regions" if regions else "pixels")
-        where.mkdir(parents=True)
+    for kind in KINDS:
+        (folder / kind).mkdir(parents=True)
         for split, number in SAMPLES.items():
-            drawn = enumerate(islice(embedded.samples(split == "train", regions), number))
-            members = [(f"{n:04d}.{field}", value) for n, fields in drawn for field, value in fields.items()]
-            write_tar(where / f"{split}.tar", members)
+            train = split == "train"
+            drawn = embedded.clip_samples(train) if kind == "clips" else embedded.samples(train, kind == "regions")
+            numbered = enumerate(islice(drawn, number))
+            members = [(f"{n:04d}.{field}", value) for n, fields in numbered for field, value in fields.items()]
+            write_tar(folder / kind / f"{split}.tar", members)
     for name, (recipe, overrides) in RECIPES.items():
         run = shrunk(recipe)
         tree: dict[str, Any] = config.dump(run)
-        where = folder / ("regions" if run.family.inputs.regions else "pixels")
+        inputs = run.family.inputs
+        where = folder / ("clips" if inputs.frames else "regions" if inputs.regions else "pixels")
         tree["data"] |= {"train": str(where / "train.tar"), "val": str(where / "val.tar"), "batch": BATCH}
-        tree["family"]["dropout"] = 0.1
+        if "dropout" in tree["family"]:
+            tree["family"]["dropout"] = 0.1
         tree |= {"steps": STEPS}
         tree["checkpoint"]["every"] = EVERY
         tree["logging"] |= {"every": 1, "sample_keys": True}

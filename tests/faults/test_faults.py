@@ -16,6 +16,7 @@ from tests.faults import fault, setting, trial
 from tests.faults.disk import Disk
 from tests.faults.fault import Fault
 from tests.runs import ROOT
+from tests.states import unlike
 from vlscale.saving import pieces
 from vlscale.saving.pieces import Piece
 
@@ -112,7 +113,7 @@ def test_a_bit_is_seen(tmp_path: Path) -> None:
         with (tmp_path / name / "rank_00000.safetensors").open("wb") as file:
             pieces.write(file, [Piece("master/a", (2,), 0, torch.tensor([float("nan"), value]))])
         (tmp_path / name / "state.json").write_text(f'{{"step": {len(name)}}}')
-    assert trial._unlike(tmp_path / "one", tmp_path / "two") == []
-    assert trial._unlike(tmp_path / "three", tmp_path / "two") == [
+    assert unlike(tmp_path / "one", tmp_path / "two") == []
+    assert unlike(tmp_path / "three", tmp_path / "two") == [
         *("1 of 1 tensors differ, master/a", "state.json differs in step"),
     ]

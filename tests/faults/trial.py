@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -261,6 +260,8 @@ def usable(path: str, hurt: bool) -> int:
 
 def differing(path: str, reference: str) -> list[str]:
     """In what two finished runs differ."""
+    from tests.states import unlike
+
     out, other = Path(path), Path(reference)
     found = []
     for one, two in zip(_lines(out), _lines(other), strict=False):
@@ -273,34 +274,8 @@ def differing(path: str, reference: str) -> list[str]:
     newest, expected = _checkpoints(out)[-1:], _checkpoints(other)[-1:]
     if [each.name for each in newest] != [each.name for each in expected]:
         return [*found, f"the last checkpoint is {newest}, not {expected[0].name}"]
-    return found + _unlike(newest[0], expected[0])
+    return found + unlike(newest[0], expected[0])
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not key.startswith(OF_THE_CLOCK)} for line in figures(out)]
-
-
-def _unlike(folder: Path, other: Path) -> list[str]:
-    """In what two checkpoints differ: tensors by name, bit by bit, and the small state."""
-    from vlscale.saving.pieces import Reader
-
-    one, two = Reader(folder), Reader(other)
-    if one.names() != two.names():
-        return [f"other tensors: {sorted(set(one.names()) ^ set(two.names()))[:4]}"]
-    odd = [name for name in two.names() if not _same(one.whole(name), two.whole(name))]
-    found = [f"{len(odd)} of {len(two.names())} tensors differ, {', '.join(odd[:4])}"] if odd else []
-    small = [json.loads((each / "state.json").read_text()) for each in (folder, other)]
-    for each in small:
-        each.pop("writing", None)  # seconds
-    keys = [key for key in {**small[0], **small[1]} if small[0].get(key) != small[1].get(key)]
-    return found + ([f"state.json differs in {', '.join(keys)}"] if keys else [])
-
-
-def _same(one: Any, other: Any) -> bool:
-    import torch
-
-    return (
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
-    )

@@ -19,8 +19,11 @@ from vlscale.errors import ConfigError, VlscaleError, did_you_mean
 SYSTEMS = (
     "albef",
     "albef_retrieval",
+    "cbt",
     "clip",
     "cvlp",
+    "hero",
+    "howto100m",
     "lxmert",
     "milnce",
     "moco",
@@ -30,6 +33,8 @@ SYSTEMS = (
     "tcl",
     "tcl_retrieval",
     "uniter",
+    "univl",
+    "videobert",
     "vilbert",
     "vlp",
 )  # one module of this package each, with `run(folder) -> {outputs file: {name: tensor}}`

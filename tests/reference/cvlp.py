@@ -187,7 +187,7 @@ def _batch(inputs: Tensors) -> Batch:
 class _Given(Family):
     """A network that gives back the regions that it is fed."""
 
-    offers = frozenset({"text", "visual", "fuse", "regions"})
+    offers = frozenset({"text", "visual", "fuse", "regions", "detector"})
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,36 +1,47 @@
-"""MIL-NCE's objective, text network and schedule: our objective, a `PretrainModel` and real ranks.
+"""MIL-NCE by our family, objective, tokenizer and schedule: the video network with both stems and its blocks alone, the
+text network, the loss, a `PretrainModel` and real ranks.
 
-The text network and the linear video head of the authors' two-rank run are small modules here. The S3D video
-network is not built yet; its tensors are named as absent.
+The linear video head of the authors' two-rank run is a small module here.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tests.distributed.spawn import run_ranks
 from tests.reference.compare import Absent, Folder, Loose, Value
-from vlscale import distributed, optim
+from vlscale import distributed, optim, vocabulary
+from vlscale.data.words import word_level
+from vlscale.families import milnce
 from vlscale.families.base import Family
 from vlscale.model import PretrainModel
+from vlscale.nn import moving, s3d
+from vlscale.nn.word_pool import WordPool, pool
 from vlscale.objectives import mil_nce
 from vlscale.types import Batch, Dims, Inputs, Moment, Stream, Text, Visual
+from vlscale.weights import fill, find
 
 Tensors = dict[str, Tensor]
-ABSENT = Absent("the S3D video network is not built yet")
-VIDEO_NETWORK = ("s3d/*", "s3d_s2d/*", "block/*", "pool/*", "s2d/*")
-WORD = re.compile(r"[\w']+")
+COUNTS = Absent("running statistics move by a fixed tenth, so that nothing counts batches")
+POOLED = {"conv_2b": "maxpool_2a", "mixed_3b": "maxpool_3a", "mixed_4b": "maxpool_4a", "mixed_5b": "maxpool_5a"}
+STATISTICS = ("running_mean", "running_var")
+UNMOVED = "the files hold what was there before the pass, although they say after it; the blocks alone compare the move"
 
 
 def run(folder: Folder) -> dict[str, dict[str, Value]]:
     """{outputs file: {name: tensor}}."""
-    found: dict[str, Value] = dict.fromkeys(VIDEO_NETWORK, ABSENT)
-    found |= {**_loss(folder), **_text(folder), **_one_process(folder), "schedule/lr": _schedule(folder)}
+    torch.manual_seed(0)  # of starts that the authors' weights replace
+    found: dict[str, Value] = {"*.num_batches_tracked": COUNTS}
+    for prefix in ("s3d", "s3d_s2d"):
+        found |= _network(folder, prefix)
+    for name in folder.config["blocks"]:
+        found |= _block(folder, name)
+    found |= {**_layers(folder), **_loss(folder), **_text(folder), **_one_process(folder)}
+    found["schedule/lr"] = _schedule(folder)
     config = folder.config["ranks"]
     ranks = run_ranks(_on_rank, config["world"], folder)
     for rank, own in enumerate(ranks):
@@ -42,23 +53,141 @@ def run(folder: Folder) -> dict[str, dict[str, Value]]:
     return {"outputs.safetensors": found}
 
 
-class TextNet(nn.Module):
-    """Frozen word vectors, linear, ReLU, the greatest over all word slots (padding too), linear."""
+def family_config(config: dict[str, Any], space_to_depth: bool = False) -> milnce.Config:
+    """Our sizes from a reference folder's config.json."""
+    _, _, frames, _, size = config["video"]
+    text = config["text"]
+    return milnce.Config(
+        image_size=size,
+        frames=frames,
+        stem=config["c1"],
+        second=config["c2c"],
+        mixed=tuple(tuple(config["inc"][name]) for name in s3d.STAGES),
+        space_to_depth=space_to_depth,
+        vocab=text["num_embeddings"],
+        word_width=text["word_embedding_dim"],
+        text_width=text["output_dim"],
+        text_length=config["text_len"],
+        embed=config["num_classes"],
+    )
 
-    def __init__(self, weights: Tensors, prefix: str) -> None:
+
+def own(weights: Tensors, prefix: str) -> Tensors:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def ours(name: str, below: str = "family.") -> str:
+    """Our name of a tensor of the authors', below a part of the model."""
+    return find(name, milnce.PUBLISHED)[1][0].removeprefix(below)
+
+
+def network(folder: Folder, prefix: str) -> milnce.MilNce:
+    """The family with the video network of a prefix, and the text network."""
+    weights = folder.tensors("weights.safetensors")
+    family = milnce.build(family_config(folder.config, prefix == "s3d_s2d"))
+    text = {name: value for name, value in weights.items() if name.startswith("text_module.")}
+    fill(PretrainModel(family, {}), {**own(weights, f"{prefix}."), **text}, milnce.PUBLISHED)
+    return family
+
+
+def _network(folder: Folder, prefix: str) -> dict[str, Value]:
+    """All stages in evaluation, with gradients of the sum of squares; then in training, with what moved."""
+    family = network(folder, prefix).eval()
+    seen: Tensors = {}
+    for name, stage in family.video.stages.items():
+        if name in POOLED:
+            pooled = POOLED[name]
+            stage.register_forward_pre_hook(lambda _, given, name=pooled: seen.__setitem__(name, given[0].detach()))
+        stage.register_forward_hook(lambda _, given, out, name=name: seen.__setitem__(name, out.detach()))
+    frames = folder.tensors("batch.safetensors")["video_uint8"].transpose(1, 2)  # [B, T, 3, H, W]
+    names = own(folder.tensors("weights.safetensors"), f"{prefix}.")
+    found: dict[str, Value] = {}
+    for mode in ("eval", "train"):
+        family.train(mode == "train")
+        stream = family.encode_visual(Visual(frames))
+        assert stream.embed is not None
+        values = {**seen, "video_embedding": stream.embed.detach(), "mixed5c_pooled": stream.hidden.mean(dim=1)}
+        values |= {f"{name}/shape": torch.tensor(each.shape) for name, each in seen.items()}
+        values |= {f"{name}/mean_per_channel": each.mean(dim=(2, 3, 4)) for name, each in seen.items()}
+        if mode == "eval":
+            stream.embed.square().sum().backward()
+            values |= {f"grad/{name}": each for name, each in _gradients(family, names).items()}
+        found |= {f"{prefix}/{mode}/{name}": value.detach() for name, value in values.items()}
+    before = _statistics(family, names)
+    moving.move(family)
+    for name, after in _statistics(family, names).items():
+        found[f"{prefix}/train/{name}"] = Loose(after, (after - before[name]).abs(), UNMOVED)
+    return found
+
+
+def _gradients(module: nn.Module, names: Tensors, below: str = "family.", front: str = "") -> Tensors:
+    """By the authors' names; `front` is what their table needs before them."""
+    parameters = dict(module.named_parameters())
+    wanted = {name: parameters[target] for name in names if (target := _target(front + name, below)) in parameters}
+    return {name: each.grad for name, each in wanted.items() if each.grad is not None}
+
+
+def _statistics(module: nn.Module, names: Tensors, below: str = "family.", front: str = "") -> Tensors:
+    buffers = dict(module.named_buffers())
+    wanted = [name for name in names if name.endswith(STATISTICS)]
+    return {name: buffers[_target(front + name, below)].clone() for name in wanted}
+
+
+def _target(name: str, below: str) -> str:
+    targets = find(name, milnce.PUBLISHED)[1]
+    return targets[0].removeprefix(below) if targets else ""
+
+
+def _block(folder: Folder, name: str) -> dict[str, Value]:
+    """One block in evaluation, then in training with gradients of its sum under a ramp from -1 to 1."""
+    sizes = folder.config["blocks"][name]
+    module: nn.Module
+    if name == "inception":
+        module, front = s3d.Inception(sizes[0], tuple(sizes[1:])), "mixed_3b."
+    elif name == "selfgating":
+        module, front = s3d.SelfGating(sizes), "gating."
+    else:
+        before, after, *shape, separable = sizes
+        triples = (tuple(each) if isinstance(each, list) else (each,) * 3 for each in shape)
+        module, front = s3d.Convolution3d(before, after, *triples, separable), "conv1."
+    below = f"family.video.stages.{front}"
+    names = own(folder.tensors("weights.safetensors"), f"block.{name}.")
+    state = {_target(front + each, below): value for each, value in names.items()}
+    module.load_state_dict({each: value for each, value in state.items() if each})
+    given = folder.tensors("batch.safetensors")[f"block/{name}/input"].requires_grad_()
+    values = {"eval": module.eval()(given).detach()}
+    out = module.train()(given)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    moving.move(module)
+    assert given.grad is not None
+    values |= {"train": out.detach(), "train/grad_input": given.grad}
+    values |= {f"train/grad/{each}": value for each, value in _gradients(module, names, below, front).items()}
+    values |= {f"train/{each}": value for each, value in _statistics(module, names, below, front).items()}
+    return {f"block/{name}/{each}": value for each, value in values.items()}
+
+
+def _layers(folder: Folder) -> dict[str, Value]:
+    """Pools and the rearrangement of space to depth."""
+    inputs = folder.tensors("batch.safetensors")
+    pools = (tuple(map(tuple, each)) for each in folder.config["maxpools"])
+    found: dict[str, Value] = {f"pool/{i}": s3d.same_pool(inputs["pool/input"], *each) for i, each in enumerate(pools)}
+    return {**found, "s2d/output": s3d.space_to_depth(inputs["s2d/input"])}
+
+
+class TextNet(nn.Module):
+    """The family's text network alone, of any size."""
+
+    def __init__(self, weights: Tensors, length: int) -> None:
         super().__init__()
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        hidden, width = own["fc1.weight"].shape
-        self.word_embd = nn.Embedding(len(own["word_embd.weight"]), width)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, len(own["fc2.bias"]))
-        self.load_state_dict(own)
-        self.word_embd.requires_grad_(False)
+        vectors, first, second = (weights[f"{name}.weight"] for name in ("word_embd", "fc1", "fc2"))
+        self.words = WordPool(*vectors.shape, len(first), length)
+        self.text_proj = nn.Linear(len(first), len(second))
+        self.load_state_dict({ours(f"text_module.{name}"): value for name, value in weights.items()})
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[n, L] int64 -> [n, E]."""
-        words: Tensor = self.fc1(self.word_embd(ids)).relu()
-        embed: Tensor = self.fc2(words.amax(dim=1))
+        """[n, L] int64, 0 = padding -> [n, E]."""
+        embed: Tensor = self.text_proj(pool(self.words(Text(ids, ids != 0))))
         return embed
 
 
@@ -89,7 +218,7 @@ class Found:
     """One forward and backward of the objective."""
 
     loss: Tensor
-    everyone: tuple[Tensor, ...]  # what was gathered: clips [G, E], captions [G, K, E]
+    everyone: tuple[Tensor, ...]  # what was gathered: clips [G, n, E], captions [G, n, K, E]
     gradients: Tensors  # of the towers' parameters
 
 
@@ -105,7 +234,12 @@ def contrast(family: Towers, clips: Tensor, texts: Tensor, gradient: Literal["ex
     )
     loss = PretrainModel(family, {"mil_nce": objective})(batch, Moment(1)).losses["mil_nce"].value
     loss.backward()
-    gradients = {name: each.grad for name, each in family.named_parameters() if each.grad is not None}
+    theirs = {"text_module.words.linear": "text_module.fc1", "text_module.text_proj": "text_module.fc2"}
+    gradients = {}
+    for name, each in family.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        if each.grad is not None:
+            gradients[f"{theirs.get(layer, layer)}.{kind}"] = each.grad
     return Found(loss.detach(), tuple(each.detach() for each in gathered[0]), gradients)
 
 
@@ -124,7 +258,8 @@ def two_rank_towers(folder: Folder) -> Towers:
     head = {name: weights[f"two_rank.video_fc.{name}"] for name in ("weight", "bias")}
     video = nn.Linear(head["weight"].shape[1], head["weight"].shape[0])
     video.load_state_dict(head)
-    return Towers(video, TextNet(weights, "two_rank.text_module."), len(head["bias"]))
+    length = folder.tensors("batch.safetensors")["ranks/text_ids"].shape[1]
+    return Towers(video, TextNet(own(weights, "two_rank.text_module."), length), len(head["bias"]))
 
 
 def _loss(folder: Folder) -> Tensors:
@@ -168,8 +303,8 @@ def _on_rank(folder: Folder) -> Tensors:
     return {
         "loss": found.loss,
         "model_loss": model.loss,
-        "gathered_video": clips,
-        "gathered_text": captions.flatten(0, 1),
+        "gathered_video": clips.flatten(0, 1),
+        "gathered_text": captions.flatten(0, 2),
         **{f"grad_{name}": value for name, value in gradients.items()},
         **{f"ddp_grad/{name}": value for name, value in model.gradients.items()},
     }
@@ -177,25 +312,26 @@ def _on_rank(folder: Folder) -> Tensors:
 
 def _text(folder: Folder) -> Tensors:
     """The text network on word ids and on sentences."""
-    net = TextNet(folder.tensors("weights.safetensors"), "text_module.")
-    embed = net(folder.tensors("batch.safetensors")["text_ids"])
+    weights, ids = own(folder.tensors("weights.safetensors"), "text_module."), folder.tensors("batch.safetensors")
+    net = TextNet(weights, ids["text_ids"].shape[1])
+    embed = net(ids["text_ids"])
     embed.square().sum().backward()
-    ids = word_ids(folder.config["sentences"], folder.config["words"], folder.config["text"]["max_words"])
-    assert net.fc1.weight.grad is not None
-    assert net.fc2.bias.grad is not None
+    spoken = word_ids(folder.config["sentences"], folder.config["words"], folder.config["text"]["max_words"])
+    assert net.words.linear.weight.grad is not None
+    assert net.text_proj.bias.grad is not None
     return {
         "text/embedding": embed.detach(),
-        "text/grad/fc1.weight": net.fc1.weight.grad,
-        "text/grad/fc2.bias": net.fc2.bias.grad,
-        "text/word_ids_of_sentences": ids,
-        "text/embedding_of_sentences": net(ids).detach(),
+        "text/grad/fc1.weight": net.words.linear.weight.grad,
+        "text/grad/fc2.bias": net.text_proj.bias.grad,
+        "text/word_ids_of_sentences": spoken,
+        "text/embedding_of_sentences": TextNet(weights, spoken.shape[1])(spoken).detach(),
     }
 
 
 def word_ids(sentences: list[str], words: list[str], length: int) -> Tensor:
     """[n, length] int64: word i of the list has id i + 1, unknown words are dropped, 0 fills up."""
-    known = {word: number for number, word in enumerate(words, start=1)}
-    rows = [[known[word] for word in WORD.findall(sentence) if word in known][:length] for sentence in sentences]
+    tokenizer = vocabulary.make_tokenizer(word_level(words, cased=True), Inputs(0, length, False, words=True))
+    rows = [tokenizer.encode(sentence).tolist() for sentence in sentences]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 

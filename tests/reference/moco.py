@@ -40,7 +40,7 @@ def run(folder: Folder) -> dict[str, Tensors]:
 class StandIn(Family):
     """Two convolutions, the mean over pixels, and a linear or two-layer head; a fixed temperature."""
 
-    offers = frozenset({"visual", "embed"})
+    offers = frozenset({"visual", "embed", "temperature"})
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
