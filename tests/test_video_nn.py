@@ -20,6 +20,7 @@ from vlscale.nn.s3d import (
     S3d,
     S3dSizes,
     SelfGating,
+    TimeConvolution,
     clip_pixels,
     s3d_flops,
     same_pool,
@@ -49,6 +50,25 @@ def test_shape_and_flops(deep: bool, frames: int, height: int, width: int) -> No
         out = network(clips)
     assert out.shape == (1, sizes.width, -(-frames // 8), -(-height // 32), -(-width // 32))
     assert s3d_flops(sizes, frames, height, width) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("moments", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_over_time_alone(moments: int, stride: int) -> None:
+    """That of three dimensions, in bf16 too, where oneDNN's own is wrong on some processors."""
+    torch.manual_seed(0)
+    exact = torch.nn.Conv3d(32, 32, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False).bfloat16().double()
+    ours = TimeConvolution(32, 32, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False).bfloat16()
+    ours.load_state_dict(exact.state_dict())
+    clips = torch.randn(32, 32, moments, 6, 6).bfloat16()
+    made = []
+    for layer, inputs in ((ours, clips.clone()), (exact, clips.double())):
+        out = layer(inputs.requires_grad_())
+        gradients = torch.autograd.grad(out.square().sum(), [inputs, layer.weight])
+        made.append([each.double() for each in (out, *gradients)])
+    for found, expected in zip(*made, strict=True):
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 def test_pixels() -> None:
