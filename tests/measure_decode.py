@@ -37,7 +37,8 @@ from tests.shard_files import write_tar, write_vocabulary
 from vlscale.data.augment import RandAugment
 from vlscale.data.batches import Even
 from vlscale.data.decode import Encoded, Pixels
-from vlscale.data.loader import Loader, Preprocessing
+from vlscale.data.loader import Loader
+from vlscale.data.micro_batches import Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.shards import Shards
 from vlscale.data.text import SPECIAL_TOKENS, Tokenizer
@@ -49,7 +50,8 @@ SHAPES = (1.0, 4 / 3, 3 / 2, 3 / 4, 2 / 3, 4 / 3)  # width over height
 COUNT = {256: 600, 512: 300}  # pictures
 SHARDS = 4
 STEPS = {256: 20, 512: 10}  # batches that count, after these:
-WARM_UP = 10  # by then every text has been tokenised, as after the first epoch
+WARM_UP = 10  # by then every text has been tokenised, as after the first epoch; in workers, each of which sees a part:
+WARM_UP_OF_A_WORKER = 20
 CAPTION = "a dog and two cats on a mat"
 WORK: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -264,7 +266,7 @@ def measure_one(side: str, shards: Path, work: str, workers: int) -> dict[str, f
     """{processor time, wall time} per picture in microseconds."""
     short = int(shards.name)
     batches = SIDES[side](shards, work, workers)
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_OF_A_WORKER * workers or WARM_UP):
         next(batches)
     before, began = processor_seconds(os.getpid()), time.perf_counter()
     for _ in range(STEPS[short]):

@@ -14,7 +14,7 @@ from tests.test_regions import npz
 from vlscale.data.answers import common_answers, normal_answer, read_answers
 from vlscale.data.assemble import Assembler
 from vlscale.data.collate import Sample, collate
-from vlscale.data.loader import MicroBatches, Preprocessing
+from vlscale.data.micro_batches import MicroBatches, Preprocessing
 from vlscale.data.order import Draws, TaskOrder
 from vlscale.data.phrases import Texts
 from vlscale.data.samples import BrokenSampleError, sentences, tags
@@ -85,7 +85,7 @@ def test_mismatched_pairs(replaced: str, tmp_path: Path) -> None:
     others: Counter[int] = Counter()
     for sample in samples:
         words, picture = int(said(sample, tmp_path).split()[-1]), shown(sample)
-        assert sample.index == 2
+        assert sample.number == 2
         if sample.matched:
             assert (words, picture) == (2, 2)
         else:

@@ -19,7 +19,7 @@ from tests.shard_files import Members, make_tokenizer, write_samples
 from vlscale import preflight
 from vlscale.data.clip_files import check_footage
 from vlscale.data.frames import Frames, FrameView, MaskFrames, RandomCrop
-from vlscale.data.loader import Loaded, MicroBatches, Preprocessing
+from vlscale.data.micro_batches import Loaded, MicroBatches, Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.samples import BrokenSampleError, timed_sentences
 from vlscale.data.shards import Shards

@@ -23,11 +23,11 @@ from tests.hostile_shards import shard
 from tests.runs import ROOT, environment
 from tests.shard_files import make_tokenizer
 from vlscale.data import lengths
-from vlscale.data.loader import MicroBatches, Preprocessing
 from vlscale.data.looking import inspect
 from vlscale.data.looking.cards import cards
 from vlscale.data.looking.describe import describe
 from vlscale.data.looking.page import page
+from vlscale.data.micro_batches import MicroBatches, Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.phrases import Texts
 from vlscale.data.samples import BrokenSampleError, picture, printable, regions, sentences, tags

@@ -18,7 +18,7 @@ from tests.shard_files import Members, make_tokenizer, png, write_tar
 from vlscale.data.augment import KeepRatio
 from vlscale.data.detections import Detections, write_regions
 from vlscale.data.lengths import Lengths, Measured, Reading, Shapes, measure, measure_one, region_count
-from vlscale.data.loader import MicroBatches, Preprocessing
+from vlscale.data.micro_batches import MicroBatches, Preprocessing
 from vlscale.data.order import Draws, Order, Source, TaskOrder
 from vlscale.data.philox import ManyDraws
 from vlscale.data.shards import Shards

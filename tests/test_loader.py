@@ -16,7 +16,8 @@ import torch
 
 from tests.shard_files import INPUTS, make_tokenizer, png, sample, shared, write_samples
 from vlscale.data.batches import Even
-from vlscale.data.loader import Loader, Preprocessing
+from vlscale.data.loader import Loader
+from vlscale.data.micro_batches import Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.retrieval import retrieval_batches
 from vlscale.data.shards import Shards

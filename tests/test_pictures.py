@@ -17,7 +17,8 @@ from tests.shard_files import INPUTS, make_tokenizer, sample, write_samples
 from vlscale.data.augment import KeepRatio, OptionError
 from vlscale.data.batches import Even
 from vlscale.data.decode import Encoded
-from vlscale.data.loader import Loader, Preprocessing
+from vlscale.data.loader import Loader
+from vlscale.data.micro_batches import Preprocessing
 from vlscale.data.order import Order, Source, TaskOrder
 from vlscale.data.pictures import pad_pictures
 from vlscale.data.shards import Shards

@@ -20,7 +20,8 @@ from vlscale.data import views as view_data
 from vlscale.data.bad import Budget
 from vlscale.data.batches import Batching, Even, Spread, fewest, make_batching
 from vlscale.data.lengths import Lengths, Reading, Shapes, measure
-from vlscale.data.loader import Loader, Preprocessing
+from vlscale.data.loader import Loader
+from vlscale.data.micro_batches import Preprocessing
 from vlscale.data.order import Source, TaskOrder
 from vlscale.data.scenes import embedded as scenes
 from vlscale.data.shards import Shards

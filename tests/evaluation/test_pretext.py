@@ -18,7 +18,7 @@ from vlscale import config
 from vlscale.config import RunConfig
 from vlscale.data import views
 from vlscale.data.held_out import FIRST_ID, HeldOutBatches
-from vlscale.data.loader import Preprocessing
+from vlscale.data.micro_batches import Preprocessing
 from vlscale.data.order import TaskOrder
 from vlscale.data.scenes.regions import FEATURES, NUM_CLASSES
 from vlscale.data.shards import Shards

@@ -73,7 +73,7 @@ class Assembler:
         if views.mismatch and views.mismatch.labels == "blanked" and not pair.matched:
             text, seen = _blanked(text, seen)
         return Sample(
-            index=i,
+            number=i,
             key=self._shards.key(i),
             text=text,
             visual=self._pictures(pair.picture, views, draw, rooms or {}) if views.visual else {},
@@ -126,17 +126,21 @@ class Assembler:
 
     def _pictures(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels]) -> dict[str, Pixels]:
         size = self._inputs.image_size
-        into = [rooms.get(name) for name in views.visual]
 
         def wanted(height: int, width: int) -> list[Crop]:
             return [view.crop(height, width, size, draw(f"visual.{name}")) for name, view in views.visual.items()]
 
-        parts = zip(views.visual.items(), crops(self._shards, i, wanted, self._max_pixels, into), strict=True)
-        shown = {name: view(part, draw(f"augment.{name}")) for (name, view), part in parts}
+        into = [rooms.get(name) for name in views.visual]
+        parts = crops(self._shards, i, wanted, self._max_pixels, into)
+        shown = dict(zip(views.visual, parts, strict=True))
+        for name, view in views.visual.items():
+            if view.changes:
+                shown[name] = view(shown[name], draw(f"augment.{name}"))
         for name, room in rooms.items():
             if shown[name] is not room:
                 room[:] = shown[name]
-        return shown | dict(rooms)
+                shown[name] = room
+        return shown
 
     def _regions(self, i: int, views: Views, draw: Draw) -> RegionSample:
         assert self._inputs.geometry, "a family that reads regions says how their places are told"

@@ -7,6 +7,7 @@ decoded, from its size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -229,21 +230,22 @@ def identity(pixels: Pixels, level: float, sign: float) -> Pixels:
 
 def auto_contrast(pixels: Pixels, level: float, sign: float) -> Pixels:
     """Stretch every channel to 0..255, as Pillow's `autocontrast`."""
-    low = pixels.min(axis=0).min(axis=0).astype(np.float64)  # one axis at a time: fifty times as fast as both
-    high = pixels.max(axis=0).max(axis=0).astype(np.float64)
-    span = np.where(high > low, high - low, 255.0)
-    low = np.where(high > low, low, 0.0)
-    table = (np.arange(256)[:, None] - low) * (255.0 / span)  # [256, 3]
-    return _look_up(pixels, table)
+    return _by_channel(pixels, _stretching)
+
+
+def _stretching(channel: Pixels) -> NDArray[np.float64]:
+    low, high, *_ = cv2.minMaxLoc(channel)
+    values = np.arange(256, dtype=np.float64)
+    return values if low == high else (values - low) * (255.0 / (high - low))
 
 
 def equalize(pixels: Pixels, level: float, sign: float) -> Pixels:
     """Flatten every channel's histogram, as Pillow's `equalize` (OpenCV's own differs)."""
-    return _look_up(pixels, np.stack([_equal_table(pixels, channel) for channel in range(3)], axis=1))
+    return _by_channel(pixels, _flattening)
 
 
-def _equal_table(pixels: Pixels, channel: int) -> NDArray[np.float64]:
-    counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256]).reshape(-1).astype(np.int64)
+def _flattening(channel: Pixels) -> NDArray[np.float64]:
+    counts = cv2.calcHist([channel], [0], None, [256], [0, 256]).reshape(-1).astype(np.int64)
     used = counts[counts > 0]
     step = int(used[:-1].sum()) // 255
     if step == 0:
@@ -255,7 +257,7 @@ def _equal_table(pixels: Pixels, channel: int) -> NDArray[np.float64]:
 def brightness(pixels: Pixels, level: float, sign: float) -> Pixels:
     """Scale every value by the level's factor."""
     factor = np.float32(0.1 + 0.18 * level)
-    return _look_up(pixels, (np.arange(256, dtype=np.float32) * factor)[:, None])
+    return _look_up(pixels, np.arange(256, dtype=np.float32) * factor)
 
 
 def sharpness(pixels: Pixels, level: float, sign: float) -> Pixels:
@@ -296,9 +298,14 @@ def rotate(pixels: Pixels, level: float, sign: float) -> Pixels:
 
 
 def _look_up(pixels: Pixels, table: NDArray[Any]) -> Pixels:
-    """Each value through `table` [256, 1 or 3], clipped to bytes and rounded towards zero."""
-    bytes_ = np.clip(table, 0, 255).astype(np.uint8)[None]
-    changed: Pixels = cv2.LUT(np.ascontiguousarray(pixels), bytes_)
+    """Each value through `table` [256], clipped to bytes and rounded towards zero."""
+    changed: Pixels = cv2.LUT(pixels, np.clip(table, 0, 255).astype(np.uint8))
+    return changed
+
+
+def _by_channel(pixels: Pixels, table: Callable[[Pixels], NDArray[Any]]) -> Pixels:
+    """Each channel through a table that is made from it: faster in planes than all three at once."""
+    changed: Pixels = cv2.merge([_look_up(channel, table(channel)) for channel in cv2.split(pixels)])
     return changed
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +29,10 @@ class RegionSample(NamedTuple):
     views: dict[str, tuple[Floats, NDArray[np.bool_] | None]]  # view -> features [R, F], picked [R]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample in all its views."""
 
-    index: int  # its number in the data set, the `pair_id`
+    number: int  # in the data set, the `pair_id`
     key: str
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
     visual: Mapping[str, Pixels]  # view -> uint8 [H, W, 3]
@@ -80,7 +78,7 @@ def collate(
     return Batch(
         text=text,
         visual=stack_regions(regions, targets) if regions else visual,
-        pair_id=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        pair_id=torch.tensor([sample.number for sample in samples], dtype=torch.int64),
         keys=tuple(sample.key for sample in samples),
         lost_words=tuple(sample.lost_words for sample in samples),
         task=task,

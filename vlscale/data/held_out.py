@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlscale.data.loader import MicroBatches, Preprocessing
+from vlscale.data.micro_batches import MicroBatches, Preprocessing
 from vlscale.data.samples import Bad
 from vlscale.data.shards import Shards
 from vlscale.data.shuffle import Numbers

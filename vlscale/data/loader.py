@@ -6,142 +6,33 @@ import copy
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableSequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from multiprocessing.sharedctypes import RawArray
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from vlscale.data.assemble import Assembler
 from vlscale.data.batches import Batching
-from vlscale.data.collate import Sample, collate
-from vlscale.data.decode import MAX_PIXELS, Pixels
-from vlscale.data.order import Draws, Order, TaskOrder
-from vlscale.data.phrases import Texts
-from vlscale.data.samples import Bad, BrokenSampleError, printable
+from vlscale.data.lending import Lender, Lent
+from vlscale.data.micro_batches import IDLE, MAX_BROKEN_IN_A_ROW, Loaded, MicroBatches, Preprocessing
+from vlscale.data.order import Order, TaskOrder
+from vlscale.data.samples import Bad, printable
 from vlscale.data.shards import Shards
-from vlscale.data.shuffle import Numbers
 from vlscale.data.text import Tokenizer
-from vlscale.data.views import Views
 from vlscale.errors import ConfigError, DataError
 from vlscale.stop import shield_worker, worker_processes
 from vlscale.types import Batch, Inputs
 
-MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
 ORDER = 2  # rises when the same options give another order of samples, with which no run may go on
-IDLE = -1  # a worker that is at no sample
 WORKER_GONE = (
     "a loader process of this rank is gone, killed perhaps for want of memory ({}); the same command goes on, "
     "with data.workers=0 or fewer if it happens again"
 )
 PATIENCE = 20.0  # seconds for the micro-batch that is being made when the loader is closed
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is made of the samples; the same on every rank."""
-
-    views: Mapping[str, Views]  # by task
-    tasks: TaskOrder
-    seed: int
-    max_words: int = 0  # of a caption; 0 = all
-    answers: Mapping[str, int] = field(default_factory=dict)  # their numbers, where questions are asked
-    fields: frozenset[str] = frozenset()  # of `Visual` that someone reads, beside features and boxes
-    max_pixels: int = MAX_PIXELS  # of a picture; larger ones are broken samples
-
-
-class Loaded(NamedTuple):
-    """A micro-batch and the samples skipped for it; or the sentence that ends the run."""
-
-    batch: Batch | None
-    bad: tuple[Bad, ...] = ()
-    error: str = ""
-
-
-class MicroBatches:
-    """Micro-batches of any positions."""
-
-    def __init__(
-        self,
-        shards: Shards,
-        tokenizer: Tokenizer,
-        inputs: Inputs,
-        preprocessing: Preprocessing,
-        order: Callable[[Numbers], Numbers],
-        ahead: int = 0,
-    ) -> None:
-        """`order` gives the numbers of the samples that stand at positions.
-
-        Shards of samples that stand `ahead` positions further are fetched from their store meanwhile; 0 = none.
-        ConfigError if `keep_ratio` is asked of a family that reads squares.
-        """
-        check_shapes(preprocessing.views, inputs)
-        asks = any(views.answers for views in preprocessing.views.values())
-        texts = Texts(shards, tokenizer, preprocessing.max_words, preprocessing.answers if asks else None)
-        self._assembler = Assembler(shards, inputs, tokenizer, texts, preprocessing.fields, preprocessing.max_pixels)
-        self._preprocessing = preprocessing
-        self._order = order
-        self._shards, self._ahead = shards, ahead
-        self._num_samples = len(shards)
-        self._pad = tokenizer.pad
-        self._side, self._frames = inputs.image_size, inputs.frames
-        self.working: MutableSequence[int] = [IDLE]  # of each worker, the sample that it is at
-
-    def __call__(self, positions: Numbers, task: str) -> Loaded:
-        """A mistake in the data is returned, not raised: torch would wrap it in a worker's traceback."""
-        if self._ahead:
-            self._shards.prefetch(int(self._order(positions[-1:] + self._ahead)[0]))
-        bad: list[Bad] = []
-        draws = Draws(self._preprocessing.seed)
-        views = self._preprocessing.views[task]
-        worker = get_worker_info()
-        self._worker = worker.id if worker is not None else 0
-        try:
-            squares = self._squares(len(positions), views)
-            places = zip(positions.tolist(), self._order(positions).tolist(), *squares.values(), strict=True)
-            samples = [
-                self._sample(position, index, views, draws, dict(zip(squares, rooms, strict=True)), bad)
-                for position, index, *rooms in places
-            ]
-            targets = "targets" in self._preprocessing.fields
-            batch = collate(samples, self._pad, task, targets, views.keep_ratio(), squares, self._frames)
-            return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
-        except DataError as error:
-            return Loaded(None, tuple(bad), str(error))
-        finally:
-            self.working[self._worker] = IDLE
-
-    def _squares(self, count: int, views: Views) -> dict[str, Pixels]:
-        """Memory for the pictures [count, S, S, 3] of each view that makes squares of them."""
-        shape = (count, self._side, self._side, 3)
-        return {name: np.empty(shape, np.uint8) for name, view in views.visual.items() if not view.keep_ratio}
-
-    def _sample(
-        self, position: int, index: int, views: Views, draws: Draws, rooms: Mapping[str, Pixels], bad: list[Bad]
-    ) -> Sample:
-        """The sample `index` at `position`, or the next one that can be used; every try draws its partner anew."""
-        for attempt in range(MAX_BROKEN_IN_A_ROW):
-            again = f"/{attempt}" if attempt else ""
-            self.working[self._worker] = (index + attempt) % self._num_samples
-            try:
-                return self._assembler(
-                    (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again), rooms
-                )
-            except BrokenSampleError as error:
-                bad.append(Bad(str(error.shard), error.key, error.reason))
-                last = error
-        raise DataError(f"{MAX_BROKEN_IN_A_ROW} samples in a row cannot be used; the last one: {last}")
-
-
-def _draw(draws: Draws, position: int, again: str, stream: str) -> np.random.Generator:
-    return draws(position, stream + again)
 
 
 class _Numbered(Dataset[Loaded]):
@@ -155,6 +46,19 @@ class _Numbered(Dataset[Loaded]):
     def __getitem__(self, number: int) -> Loaded:
         before, within = divmod(number, self.batching.per_step)
         return self.make(self.batching(before + 1, within), self.tasks(before + 1))
+
+
+class _Sending(Dataset[tuple[Loaded, Lent | None]]):
+    """The same from a worker."""
+
+    def __init__(self, batches: _Numbered, lender: Lender) -> None:
+        self.batches = batches
+        self.lender = lender
+
+    def __getitem__(self, number: int) -> tuple[Loaded, Lent | None]:
+        loaded = self.batches[number]
+        lent = self.lender.lend(loaded.batch) if loaded.batch is not None else None
+        return (loaded, None) if lent is None else (loaded._replace(batch=None), lent)
 
 
 class Loader:
@@ -215,16 +119,20 @@ class Loader:
         if not self._workers:
             _one_thread()
             return map(self._batches.__getitem__, numbers)
-        return DataLoader(
-            self._batches,
+        ahead = max(2, -(-self._per_step // self._workers))
+        in_use = -(-(3 * self._per_step + 1) // self._workers)  # of one worker: by `_Ahead`, this step and the last
+        lender = Lender(self._workers, ahead + in_use + 1)
+        sent: Iterable[tuple[Loaded, Lent | None]] = DataLoader(
+            _Sending(self._batches, lender),
             batch_size=None,  # an item is a micro-batch already
             sampler=numbers,
             num_workers=self._workers,
-            prefetch_factor=max(2, -(-self._per_step // self._workers)),
+            prefetch_factor=ahead,
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             multiprocessing_context=worker_processes("vlscale.data.loader"),
         )
+        return (loaded if lent is None else loaded._replace(batch=lender.take(lent)) for loaded, lent in sent)
 
     def _account(self, loaded: Loaded) -> Batch:
         self.bad_samples += len(loaded.bad)
@@ -304,16 +212,6 @@ class Loader:
             )
         self.bad_samples = state["bad_samples"]
         self.left_out = [(after, steps) for after, steps in state.get("left_out", ())]
-
-
-def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:
-    """ConfigError if pictures keep their shape and the family reads squares alone."""
-    for name in [name for each in views.values() for name in each.keep_ratio()]:
-        if not inputs.any_size:
-            raise ConfigError(
-                f"views.visual.{name}.keep_ratio gives pictures of any shape, but this family reads squares of "
-                f"{inputs.image_size} pixels; leave it out, or choose a family that reads any shape, such as soho"
-            )
 
 
 def _worker_is_gone(error: BaseException) -> bool:

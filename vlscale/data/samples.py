@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vlscale.data import regions as region_data
@@ -59,9 +59,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def picture_field(fields: Sequence[str]) -> str | None:
+def picture_field(fields: Collection[str]) -> str | None:
     """The field that holds the (first) picture, or None."""
-    return next((name for name in PICTURE_FIELDS if name in fields), None)
+    for name in PICTURE_FIELDS:
+        if name in fields:
+            return name
+    return None
 
 
 def picture(shards: Shards, i: int) -> Pixels:
@@ -82,7 +85,7 @@ def crops(
 
 def _picture(shards: Shards, i: int, max_pixels: int, use: Callable[[Encoded], T]) -> T:
     sizes = shards.sizes(i)
-    field = picture_field(tuple(sizes))
+    field = picture_field(sizes)
     if field is None:
         reason = f"has no picture (jpg, png or webp) but {', '.join(sizes)}"
         raise BrokenSampleError(shards.shard(i), shards.key(i), reason)

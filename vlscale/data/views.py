@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -64,11 +65,16 @@ class VisualView:
             return self.random_resized_crop(height, width, size, rng)
         return Crop(0, 0, height, width, (size, size))
 
+    @cached_property
+    def changes(self) -> tuple[Callable[[Pixels, Generator], Pixels], ...]:
+        """What is done to the part, in order."""
+        listed = (self.color_jitter, self.grayscale, self.blur, self.flip, self.rand_augment)
+        return tuple(operation for operation in listed if operation is not None)
+
     def __call__(self, pixels: Pixels, rng: Generator) -> Pixels:
         """The part [h, w, 3] changed."""
-        for operation in (self.color_jitter, self.grayscale, self.blur, self.flip, self.rand_augment):
-            if operation is not None:
-                pixels = operation(pixels, rng)
+        for operation in self.changes:
+            pixels = operation(pixels, rng)
         return pixels
 
 

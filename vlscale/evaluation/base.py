@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlscale.nn.transformer import Stack
 
 if TYPE_CHECKING:
-    from vlscale.data.loader import Preprocessing
+    from vlscale.data.micro_batches import Preprocessing
     from vlscale.data.shards import Shards
     from vlscale.data.text import Tokenizer
     from vlscale.families.base import Family
