@@ -20,13 +20,20 @@ def agreed(folder: Path, scratch: Path) -> dict[str, Any]:
     return found
 
 
-def spoilt(folder: Path, scratch: Path, name: str) -> Path:
-    """A copy under the same last name, in whose outputs one tensor is a hundredth larger."""
+def copied(folder: Path, scratch: Path) -> Path:
+    """A writable copy under the same last name."""
     copy = scratch / folder.name
     copy.mkdir()
     for each in folder.iterdir():
         (copy / each.name).write_bytes(each.read_bytes())
-    tensors = load_file(copy / "outputs.safetensors")
+    return copy
+
+
+def spoilt(folder: Path, scratch: Path, name: str, file: str = "outputs") -> Path:
+    """A copy under the same last name, in whose `file` one tensor is a hundredth larger."""
+    copy = copied(folder, scratch)
+    path = copy / f"{file}.safetensors"
+    tensors = load_file(path)
     tensors[name] = tensors[name] * 1.01
-    save_file(tensors, copy / "outputs.safetensors")
+    save_file(tensors, path)
     return copy

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tests.models import batch_for
 from tests.reference import cvlp as reference
 from tests.reference.compare import Folder, judge
+from tests.reference_folders import copied
 from tests.shard_files import reference_folder
 from tests.test_lxmert import published
 from tests.whole_steps import check_whole
@@ -203,10 +204,7 @@ def test_agrees_with_an_independent_implementation(stored: Folder) -> None:
 
 @pytest.mark.parametrize("flags", ["step1/keep_x", "step3/keep_l", "step4/keep_r"])
 def test_other_dropped_layers_do_not_agree(stored: Folder, tmp_path: Path, flags: str) -> None:
-    folder = tmp_path / "cvlp"
-    folder.mkdir()
-    for file in stored.path.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = copied(stored.path, tmp_path)
     inputs = load_file(folder / "batch.safetensors")
     inputs[flags] = 1 - inputs[flags]
     save_file(inputs, folder / "batch.safetensors")

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.distributed.spawn import run_ranks
 from tests.reference.__main__ import main
 from tests.reference.compare import Absent, Folder, judge
+from tests.reference_folders import copied
 from tests.shard_files import reference_folder
 from tests.tables import Gradients, Tables, mean, rows, step, tables
 from tests.whole_steps import check_whole
@@ -197,11 +198,7 @@ def test_products_count_every_caption() -> None:
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """A writable copy of the authors' tensors."""
-    folder = tmp_path / "milnce"
-    folder.mkdir()
-    for file in reference_folder("milnce").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return copied(reference_folder("milnce"), tmp_path)
 
 
 def test_agrees_with_the_authors_and_says_what_is_absent(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:

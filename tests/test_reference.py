@@ -12,21 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference.__main__ import main
 from tests.reference.compare import compare
+from tests.reference_folders import copied, spoilt
 from tests.shard_files import reference_folder
 
 
 @pytest.fixture
 def albef() -> Path:
     return reference_folder("albef")
-
-
-def copied(folder: Path, to: Path) -> Path:
-    """A writable copy under the same last name."""
-    target = to / folder.name
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
 
 
 def test_albef_agrees_with_the_authors(albef: Path, tmp_path: Path) -> None:
@@ -52,11 +44,7 @@ def test_albef_agrees_with_the_authors(albef: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_output_fails(albef: Path, tmp_path: Path, file: str, name: str) -> None:
-    folder = copied(albef, tmp_path)
-    path = folder / f"{file}.safetensors"
-    tensors = load_file(path)
-    tensors[name] = tensors[name] * 1.01
-    save_file(tensors, path)
+    folder = spoilt(albef, tmp_path, name, file)
     report = tmp_path / "report.json"
     assert main([str(folder), "--json", str(report)]) == 1
     failed = [row["name"] for row in json.loads(report.read_text())["compared"] if not row["ok"]]

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.reference.__main__ import main
+from tests.reference_folders import copied
 from tests.shard_files import reference_folder
 
 SYSTEMS = ("albef_retrieval", "tcl_retrieval")
@@ -24,10 +25,7 @@ def test_agrees_with_the_authors(system: str) -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_another_pictures_caption_is_no_positive(system: str, tmp_path: Path) -> None:
-    copy = tmp_path / system
-    copy.mkdir()
-    for file in folder(system).iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = copied(folder(system), tmp_path)
     batch = load_file(copy / "batch.safetensors")
     batch["s0/idx"][-1] = batch["s0/idx"][0]
     save_file(batch, copy / "batch.safetensors")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +19,7 @@ from tests.distributed.spawn import run_ranks
 from tests.engines import configuration
 from tests.models import batch_for
 from tests.reference.__main__ import main
+from tests.reference_folders import spoilt
 from tests.shard_files import reference_folder
 from tests.states import whole_weights
 from vlscale import distributed
@@ -341,12 +342,4 @@ def test_agrees_with_the_authors(stored: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_tensor_fails(stored: Path, tmp_path: Path, file: str, name: str) -> None:
-    folder = tmp_path / "uniter"
-    folder.mkdir()
-    for each in stored.iterdir():
-        (folder / each.name).write_bytes(each.read_bytes())
-    path = folder / f"{file}.safetensors"
-    tensors = load_file(path)
-    tensors[name] = tensors[name] * 1.01
-    save_file(tensors, path)
-    assert main([str(folder)]) == 1
+    assert main([str(spoilt(stored, tmp_path, name, file))]) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import batch_for
 from tests.reference.__main__ import main
+from tests.reference_folders import agreed, copied
 from tests.shard_files import reference_folder
 from vlscale import weights
 from vlscale.errors import CheckpointError, ConfigError
@@ -344,18 +344,11 @@ def stored() -> Path:
 
 
 def test_agrees_with_the_authors(stored: Path, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
-    assert main([str(stored), "--json", str(report)]) == 0
-    found = json.loads(report.read_text())
-    assert {row["name"] for row in found["compared"]} == set(load_file(stored / "outputs.safetensors"))
-    assert found["not_compared"] == []
+    assert agreed(stored, tmp_path)["not_compared"] == []
 
 
 def test_another_weight_is_noticed(stored: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "vilbert"
-    folder.mkdir()
-    for file in stored.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = copied(stored, tmp_path)
     tensors = load_file(folder / "weights.safetensors")
     tensors["bert.encoder.c_layer.1.biattention.value2.bias"] += 0.01
     save_file(tensors, folder / "weights.safetensors")
