@@ -76,7 +76,8 @@ class Lender:
             needed += -(-tensor.nbytes // ALIGNED) * ALIGNED
         memory = self._memory.get(piece)
         if fresh := memory is None or len(memory) < needed:
-            memory = self._memory[piece] = torch.empty(int(needed * ROOM), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+            memory = torch.empty(int(needed * ROOM), dtype=torch.uint8)
+            self._memory[piece] = memory.share_memory_()  # type: ignore[no-untyped-call]
         for place, tensor in zip(places, tensors, strict=True):
             place.within(memory).copy_(tensor)
         self._taken[piece] = 1
@@ -86,7 +87,8 @@ class Lender:
         """The micro-batch, in the rank. Its worker has the memory back once nobody has any of its tensors."""
         if lent.memory is not None:
             self._memory[lent.piece] = lent.memory
-        in_use = memoryview(self._memory[lent.piece].numpy())  # type: ignore[arg-type]  # kept by the tensors that are made of it
+        in_use = memoryview(self._memory[lent.piece].numpy())  # type: ignore[arg-type]
+        # the tensors that are made of it keep it
         weakref.finalize(in_use, self._give_back, lent.piece).atexit = False
         memory, places = torch.frombuffer(in_use, dtype=torch.uint8), iter(lent.places)
         return lent.batch.each(lambda _: next(places).within(memory))
