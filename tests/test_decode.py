@@ -160,6 +160,19 @@ def test_a_crop_can_be_written_where_one_wants_it(size: tuple[int, int]) -> None
     assert not room[0].any()
 
 
+@pytest.mark.parametrize("kept", [1 << 25, 100])  # bytes of memory that pictures are decoded in one after the other
+@pytest.mark.parametrize("side", [64, 40, 20])  # as it is, smoothed, filtered as Pillow does
+def test_a_crop_outlives_the_next_picture(monkeypatch: pytest.MonkeyPatch, kept: int, side: int) -> None:
+    monkeypatch.setattr("vlscale.data.decode.SCRATCH", kept)
+    pixels = photo(64, 64)
+    crop = Crop(0, 0, 64, 64, (side, side))
+    (first,) = Encoded(jpeg(pixels)).crops([crop])
+    before = first.copy()
+    (second,) = Encoded(jpeg(255 - pixels)).crops([crop])
+    assert np.array_equal(first, before)
+    assert not np.array_equal(second, before)
+
+
 def test_pixels_do_not_share_memory_with_the_picture() -> None:
     found = Encoded(jpeg(photo(64, 64)))
     one, other = found.crops([Crop(0, 0, 64, 64, (64, 64))] * 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ MARGIN = 4  # rows of a JPEG decoded below the last one wanted: its chroma blend
 ALIAS = 1.5  # a side that shrinks more is filtered first
 COARSE = 2.25  # and one that shrinks more than this by more than its nearest neighbours
 SHARP = 1.15  # up to here cubic interpolation is nearer to Pillow's, from here on linear
+SCRATCH = 1 << 25  # bytes that a thread keeps to decode into: pictures of 11 million pixels
 _JPEG = b"\xff\xd8"  # how one starts
 
 
@@ -44,6 +46,25 @@ class Crop(NamedTuple):
         """The middle square of a picture of these sides, [size, size]."""
         side = min(height, width)
         return cls((height - side) // 2, (width - side) // 2, side, side, (size, size))
+
+
+class _Scratch(threading.local):
+    """Memory of one thread that picture after picture is worked on in.
+
+    It is a single large piece, for which numpy asks the system for huge pages; of it only what is used is there.
+    """
+
+    def __init__(self) -> None:
+        self._held = np.empty(SCRATCH, dtype=np.uint8)
+
+    def __call__(self, height: int, width: int) -> Pixels:
+        """[height, width, 3], until the next call; larger ones are of their own."""
+        size = 3 * height * width
+        room = self._held[:size] if size <= SCRATCH else np.empty(size, dtype=np.uint8)
+        return room.reshape(height, width, 3)
+
+
+_decoded_into, _smoothed_into = _Scratch(), _Scratch()
 
 
 class Encoded:
@@ -67,7 +88,7 @@ class Encoded:
         ValueError with the reason if the picture is broken or cut short.
         """
         if self._is_jpeg:
-            return self._jpeg(self._data, self.height, 1)
+            return self._jpeg(self._data, 1, np.empty((self.height, self.width, 3), dtype=np.uint8))
         pixels = _decode_other(self._data)
         if pixels.shape[:2] != (self.height, self.width):
             raise ValueError(
@@ -93,22 +114,20 @@ class Encoded:
         if not self._is_jpeg:
             return 1, self.whole()
         shrinks = min(min(crop.height / crop.size[0], crop.width / crop.size[1]) for crop in wanted)
-        factor = next(factor for factor in (8, 4, 2, 1) if shrinks >= factor or factor == 1)
+        factor = 8 if shrinks >= 8 else 4 if shrinks >= 4 else 2 if shrinks >= 2 else 1
         rows = max(crop.top + crop.height for crop in wanted) + MARGIN
         upper = _upper_part(self._data, rows) if rows < self.height else None
-        smooth = shrinks > ALIAS
-        if upper is not None:
-            return factor, self._jpeg(upper, rows, factor, smooth)
-        return factor, self._jpeg(self._data, self.height, factor, smooth)
+        data, rows = (self._data, self.height) if upper is None else (upper, rows)
+        room = _decoded_into(-(-rows // factor), -(-self.width // factor))
+        return factor, self._jpeg(data, factor, room, smooth=shrinks > ALIAS)
 
-    def _jpeg(self, data: bytes | bytearray, rows: int, factor: int, smooth: bool = False) -> Pixels:
-        """Its first `rows` rows at 1 / `factor`: [ceil(rows / factor), ceil(W / factor), 3].
+    def _jpeg(self, data: bytes | bytearray, factor: int, pixels: Pixels, smooth: bool = False) -> Pixels:
+        """All of it at 1 / `factor`, in the memory of `pixels`: [ceil(H / factor), ceil(W / factor), 3].
 
         Where the result is to be made `smooth`, colours that the file has at half the size are doubled, not
         interpolated: after that they differ by 0.05 of 255.
         """
-        height, width = -(-rows // factor), -(-self.width // factor)
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        height, width, _ = pixels.shape
         least = {"min_height": height, "min_width": width, "min_factor": factor, "fastupsample": smooth}
         try:
             simplejpeg.decode_jpeg(data, buffer=pixels, **least)
@@ -245,7 +264,8 @@ def _smoothed(pixels: Pixels, down: float, across: float) -> Pixels:
     """
     size = tuple(3 if shrinks > ALIAS else 1 for shrinks in (across, down))
     width, height = ((2 * math.log(8 / min(shrinks, 2) - 2)) ** -0.5 for shrinks in (across, down))
-    smooth: Pixels = cv2.GaussianBlur(pixels, size, sigmaX=width, sigmaY=height)
+    room = _smoothed_into(*pixels.shape[:2])
+    smooth: Pixels = cv2.GaussianBlur(pixels, size, dst=room, sigmaX=width, sigmaY=height)
     return smooth
 
 
