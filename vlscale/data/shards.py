@@ -194,7 +194,7 @@ class Shards:
         self.paths = [shown(url) for url in urls]  # as they may be printed
         self.remote = any(scheme(url) or url.startswith(PIPE) for url in urls)  # whether one must be fetched
         self.bytes = sum(origin.stat.size for origin in self._origins)  # as they lie there
-        self._packed = np.array([head.packed for head in heads], dtype=bool)
+        self._packed = [head.packed for head in heads]
         self._starts: list[int] = np.cumsum([0, *(head.samples for head in heads)]).tolist()
         digest = hashlib.sha256()
         for path, head in zip(self.paths, heads, strict=True):
@@ -299,7 +299,7 @@ class Shards:
     def prefetch(self, i: int) -> None:
         """Say that sample `i` will be read before long: its shard, if it lies in a store, is fetched meanwhile."""
         shard, _ = self._locate(i)
-        self._access.prefetch(self._origins[shard], bool(self._packed[shard]))
+        self._access.prefetch(self._origins[shard], self._packed[shard])
 
     def _members(self, i: int) -> _Members:
         """Those of sample `i`; of the sample that was asked for last they are at hand."""
@@ -307,18 +307,14 @@ class Shards:
         if last is not None and last.sample == i:
             return last
         shard, row = self._locate(i)
-        index = self.index(shard)
-        rows = slice(index.first[row], index.first[row + 1])
-        names = [index.fields[field] for field in index.field[rows].tolist()]
-        places = zip(index.offset[rows].tolist(), index.size[rows].tolist(), strict=True)
-        self._local.last = found = _Members(i, shard, dict(zip(names, places, strict=True)))
+        self._local.last = found = _Members(i, shard, self.index(shard).spans(row))
         return found
 
     def _read(self, members: _Members, spans: Mapping[str, Span]) -> dict[str, bytes]:
         if not spans:
             return {}
         shard, around = members.shard, members.around() if self.remote else (0, 0)
-        data = self._access.read(self._origins[shard], bool(self._packed[shard]), list(spans.values()), around)
+        data = self._access.read(self._origins[shard], self._packed[shard], list(spans.values()), around)
         return dict(zip(spans, data, strict=True))
 
     def fingerprint(self) -> str:

@@ -54,8 +54,8 @@ class Head(NamedTuple):
 class Keys(Sequence[str]):
     """The keys of the samples, each made when it is asked for."""
 
-    def __init__(self, text: memoryview | bytes, ends: NDArray[np.int64]) -> None:
-        """UTF-8 `text` and where each key ends in it, [S + 1] from 0."""
+    def __init__(self, text: memoryview | bytes, ends: memoryview) -> None:
+        """UTF-8 `text` and where each key ends in it, S + 1 numbers from 0."""
         self._text = text
         self._ends = ends
 
@@ -87,9 +87,16 @@ class Index:
         self.offset = column(np.int64, head.members)  # bytes
         self.size = column(np.int64, head.members)  # bytes
         self.field = column(np.int32, head.members)  # into `fields`
-        self.keys = Keys(memoryview(body)[place : place + head.key_bytes], ends)
+        self.keys = Keys(memoryview(body)[place : place + head.key_bytes], ends.data)
         names = bytes(body[place + head.key_bytes : place + head.key_bytes + head.field_bytes])
         self.fields: list[str] = json.loads(names)  # the distinct field names
+        # for single numbers, which take half the time out of a memoryview
+        self._columns = (self.first.data, self.offset.data, self.size.data, self.field.data)
+
+    def spans(self, row: int) -> dict[str, tuple[int, int]]:
+        """{field: (offset, size)} of the members of a sample, in the order of the tar, in bytes."""
+        first, offset, size, field = self._columns
+        return {self.fields[field[n]]: (offset[n], size[n]) for n in range(first[row], first[row + 1])}
 
 
 def scan(read: Callable[[int, int], bytes], length: int, stamp: Stamp, packed: bool) -> tuple[Head, bytes]:
