@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def draw_all(shards: Shards, folder: Path, inputs: Inputs, views: dict[str, Any]
     """Sample 2 at many positions."""
     make, draws = assembler(shards, make_tokenizer(folder, inputs), inputs, **more), Draws(5)
     parsed = parse(views, inputs)
-    return [make(2, parsed, lambda stream, position=position: draws(position, stream)) for position in range(DRAWS)]
+    return [make(2, parsed, partial(draws, position)).sample for position in range(DRAWS)]
 
 
 tokenizer_in = lru_cache(make_tokenizer)
@@ -177,7 +177,7 @@ def test_a_sample_without_regions_is_named(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, {2: members(2)[:2]})
     make = assembler(shards, make_tokenizer(tmp_path, REGIONS), REGIONS)
     with pytest.raises(BrokenSampleError, match=r"sample 's2' .* has no 'regions.npz' but png, json"):
-        make(2, parse({"visual.clean": {}}, REGIONS), lambda stream: Draws(0)(0, stream))
+        make(2, parse({"visual.clean": {}}, REGIONS), partial(Draws(0), 0))
 
 
 def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
@@ -196,9 +196,13 @@ def test_a_broken_partner_costs_a_try_and_not_the_run(tmp_path: Path) -> None:
         assert {bad.key for bad in made.bad} <= {"s7"}
 
 
+@pytest.mark.parametrize("held", [0, 4000, 1 << 20])  # bytes: of one picture, of three, of all
 @pytest.mark.parametrize("side", [24, 16])  # of the model's pictures: as the shards', and smaller
-def test_a_micro_batch_holds_each_samples_own_picture(tmp_path: Path, side: int) -> None:
+def test_a_micro_batch_holds_each_samples_own_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, held: int
+) -> None:
     """What is drawn in the batch's memory is what a sample alone has, though one was broken and the next took over."""
+    monkeypatch.setattr("vlscale.data.micro_batches.HELD", held)
     inputs = Inputs(side, 12, True)
     shards = shards_of(tmp_path, {1: [("s1.png", png(1)[:40]), ("s1.json", b'{"caption": "a thing"}')]})
     crop = {"random_resized_crop": {}}
@@ -213,8 +217,9 @@ def test_a_micro_batch_holds_each_samples_own_picture(tmp_path: Path, side: int)
     assert made.batch.keys == ("s0", "s2", "s2", "s3", "s4", "s5")
     alone = Assembler(shards, inputs, tokenizer, Texts(shards, tokenizer, 0, None), frozenset())
     for place, number in enumerate([0, 2, 2, 3, 4, 5]):
-        again = "/1" if place == 1 else ""
-        sample = alone(number, views, lambda stream, place=place, again=again: Draws(3)(place, stream + again))
+        draw = partial(Draws(3), place, attempt=int(place == 1))
+        sample = alone.show(alone(number, views, draw), views, draw, {})
+        assert list(sample.visual) == list(views.visual)
         for view, pixels in sample.visual.items():
             assert np.array_equal(made.batch.visual[view].feats[place].permute(1, 2, 0).numpy(), pixels)
 

@@ -107,7 +107,7 @@ def test_a_crop_of_an_extreme_picture_is_centred() -> None:
 
 def test_flip() -> None:
     pixels = photo()
-    flipped = [np.array_equal(Flip(0.3)(pixels, rng(seed)), pixels[:, ::-1]) for seed in range(1000)]
+    flipped = [np.array_equal(Flip(0.3)(pixels.copy(), rng(seed)), pixels[:, ::-1]) for seed in range(1000)]
     assert abs(np.mean(flipped) - 0.3) < 0.05
 
 

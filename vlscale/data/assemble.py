@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from vlscale.data.decode import MAX_PIXELS, Crop, Pixels
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Phrase, Texts
 from vlscale.data.regions import PLACES, Floats, Regions
-from vlscale.data.samples import BrokenSampleError, crops, regions
+from vlscale.data.samples import BrokenSampleError, Picture, regions
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.data.views import Draw, Views
@@ -31,6 +31,14 @@ class Pair(NamedTuple):
     foreign: int  # the other sample that was drawn, or the sample itself
     matched: bool
     swapped: int  # 0 = all its own, 1 = foreign tags, 2 = foreign words
+
+
+class Prepared(NamedTuple):
+    """A sample whose picture, if it is to have one, is read but not decoded."""
+
+    sample: Sample
+    picture: Picture | None = None
+    crops: Sequence[Crop] = ()  # of each view
 
 
 class Assembler:
@@ -54,29 +62,32 @@ class Assembler:
         self._max_pixels = max_pixels
         self._clips = ClipAssembler(shards, inputs, tokenizer, texts, max_pixels) if inputs.frames else None
 
-    def __call__(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels] | None = None) -> Sample:
-        """Sample `i` as `views` want it. BrokenSampleError if it cannot be used, or the one it was paired with.
+    def __call__(self, i: int, views: Views, draw: Draw) -> Prepared:
+        """Sample `i` as `views` want it; then `show` its picture.
 
-        `rooms`: where its picture is to lie, [S, S, 3] by view; in memory of its own where there is none.
+        BrokenSampleError if it cannot be used, or the one it was paired with.
         """
         pair = self._pair(i, views, draw)
         if self._clips is not None:
-            return self._clip(i, pair, views, draw, self._clips)
+            return Prepared(self._clip(i, pair, views, draw, self._clips))
         phrase = self._phrase(pair.words, "caption", views, draw)
         ids, lost, segments = phrase.ids, phrase.lost, None
         if self._inputs.tags:
             named = self._phrase(pair.foreign, "tags", views, draw) if pair.tags < 0 else self._texts.tags(pair.tags)
             ids, segments, cut = tag_data.join(ids, named.ids, self._inputs.text_length)
             lost += named.lost + sum(self._tokenizer.count_words(part) for part in cut)
-        text = {name: view(ids, self._tokenizer, draw(f"text.{name}")) for name, view in views.text.items()}
+        text = {
+            name: view(ids, self._tokenizer, draw(f"text.{name}")) if view.changes else (ids, None)
+            for name, view in views.text.items()
+        }
         seen = self._regions(pair.picture, views, draw) if views.regions else None
         if views.mismatch and views.mismatch.labels == "blanked" and not pair.matched:
             text, seen = _blanked(text, seen)
-        return Sample(
+        sample = Sample(
             number=i,
             key=self._shards.key(i),
             text=text,
-            visual=self._pictures(pair.picture, views, draw, rooms or {}) if views.visual else {},
+            visual={},
             regions=seen,
             lost_words=lost,
             segments=segments,
@@ -84,6 +95,30 @@ class Assembler:
             tags_swapped=pair.swapped if views.swap_tags else None,
             answer=(phrase.answer if pair.matched else IGNORE) if views.answers else None,
         )
+        if not views.visual:
+            return Prepared(sample)
+        picture = Picture(self._shards, pair.picture, self._max_pixels)
+        height, width, size = picture.height, picture.width, self._inputs.image_size
+        shown = [view.crop(height, width, size, draw(f"visual.{name}")) for name, view in views.visual.items()]
+        return Prepared(sample, picture, shown)
+
+    def show(self, prepared: Prepared, views: Views, draw: Draw, rooms: Mapping[str, Pixels]) -> Sample:
+        """The sample with its picture, decoded and changed. BrokenSampleError if that is damaged.
+
+        `rooms`: where it is to lie, [S, S, 3] by view; where there is none it is the sample's own.
+        """
+        sample, picture, wanted = prepared
+        if picture is None:
+            return sample
+        parts = picture.crops(wanted, [rooms.get(name) for name in views.visual])
+        for (name, view), part in zip(views.visual.items(), parts, strict=True):
+            shown = view(part, draw(f"augment.{name}")) if view.changes else part
+            room = rooms.get(name)
+            if room is None:
+                sample.visual[name] = shown
+            elif shown is not room:
+                room[:] = shown
+        return sample
 
     def _clip(self, i: int, pair: Pair, views: Views, draw: Draw, assemble: ClipAssembler) -> Sample:
         clips = assemble(pair.words, pair.picture, views, draw)
@@ -123,24 +158,6 @@ class Assembler:
         if not texts:
             raise BrokenSampleError(self._shards.shard(i), self._shards.key(i), "has questions but no caption")
         return texts[int(draw(stream).integers(len(texts)))] if len(texts) > 1 else texts[0]
-
-    def _pictures(self, i: int, views: Views, draw: Draw, rooms: Mapping[str, Pixels]) -> dict[str, Pixels]:
-        size = self._inputs.image_size
-
-        def wanted(height: int, width: int) -> list[Crop]:
-            return [view.crop(height, width, size, draw(f"visual.{name}")) for name, view in views.visual.items()]
-
-        into = [rooms.get(name) for name in views.visual]
-        parts = crops(self._shards, i, wanted, self._max_pixels, into)
-        shown = dict(zip(views.visual, parts, strict=True))
-        for name, view in views.visual.items():
-            if view.changes:
-                shown[name] = view(shown[name], draw(f"augment.{name}"))
-        for name, room in rooms.items():
-            if shown[name] is not room:
-                room[:] = shown[name]
-                shown[name] = room
-        return shown
 
     def _regions(self, i: int, views: Views, draw: Draw) -> RegionSample:
         assert self._inputs.geometry, "a family that reads regions says how their places are told"

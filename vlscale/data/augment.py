@@ -89,8 +89,8 @@ class Flip:
         require(0 <= self.prob <= 1, "prob", "a number in [0, 1]")
 
     def __call__(self, pixels: Pixels, rng: Generator) -> Pixels:
-        """[H, W, 3]."""
-        return cv2.flip(pixels, 1) if rng.random() < self.prob else pixels
+        """[H, W, 3], in the memory of `pixels`."""
+        return cv2.flip(pixels, 1, dst=pixels) if rng.random() < self.prob else pixels
 
 
 _FILL = (128, 128, 128)  # grey, where a warp shows what lies outside the picture

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     number: int  # in the data set, the `pair_id`
     key: str
     text: dict[str, tuple[Ids, Ids | None]]  # view -> ids [L], labels [L]
-    visual: Mapping[str, Pixels]  # view -> uint8 [H, W, 3]
+    visual: dict[str, Pixels]  # view -> uint8 [H, W, 3], of those that lie nowhere else
     regions: RegionSample | None = None
     clips: ClipSample | None = None  # in the place of `text`, `visual` and `regions`
     lost_words: int = 0  # of its text, for which there was no room

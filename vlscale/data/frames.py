@@ -200,7 +200,7 @@ class FrameView:
         for augment in (self.color_jitter, self.grayscale, self.blur, self.flip):
             if augment is not None and frames.pixels:
                 start, changed = rng.bit_generator.state, []
-                for frame in frames.feats:
+                for frame in frames.feats.copy():  # another view may show the same ones
                     rng.bit_generator.state = start
                     changed.append(augment(frame, rng))
                 frames = frames._replace(feats=np.stack(changed))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from torch.utils.data import get_worker_info
@@ -24,6 +24,7 @@ from vlscale.errors import ConfigError, DataError
 from vlscale.types import Batch, Inputs
 
 MAX_BROKEN_IN_A_ROW = 100  # more than this is no bad luck: the data are wrong
+HELD = 1 << 24  # bytes of pictures, read but not decoded, that are held at a time
 IDLE = -1  # a worker that is at no sample
 
 
@@ -89,10 +90,10 @@ class MicroBatches:
         try:
             squares = self._squares(len(positions), views)
             places = zip(positions.tolist(), self._order(positions).tolist(), *squares.values(), strict=True)
-            samples = [
+            samples = _in_steps(
                 self._sample(position, index, views, draws, dict(zip(squares, rooms, strict=True)), bad)
                 for position, index, *rooms in places
-            ]
+            )
             targets = "targets" in self._preprocessing.fields
             batch = collate(samples, self._pad, task, targets, views.keep_ratio(), squares, self._frames)
             return Loaded(replace(batch, positions=tuple(positions.tolist())), tuple(bad))
@@ -108,23 +109,46 @@ class MicroBatches:
 
     def _sample(
         self, position: int, index: int, views: Views, draws: Draws, rooms: Mapping[str, Pixels], bad: list[Bad]
-    ) -> Sample:
-        """The sample `index` at `position`, or the next one that can be used; every try draws its partner anew."""
+    ) -> Iterator[int | Sample]:
+        """How many bytes it holds when all is ready but its picture's pixels, then the sample `index` at `position`.
+
+        Or the next one that can be used, which tells its bytes again; every try draws its partner anew.
+        """
         for attempt in range(MAX_BROKEN_IN_A_ROW):
-            again = f"/{attempt}" if attempt else ""
-            self.working[self._worker] = (index + attempt) % self._num_samples
+            number = (index + attempt) % self._num_samples
+            draw = partial(draws, position, attempt=attempt)
             try:
-                return self._assembler(
-                    (index + attempt) % self._num_samples, views, partial(_draw, draws, position, again), rooms
-                )
+                self.working[self._worker] = number
+                prepared = self._assembler(number, views, draw)
+                yield prepared.picture.size if prepared.picture else 0
+                self.working[self._worker] = number
+                yield self._assembler.show(prepared, views, draw, rooms)
+                return
             except BrokenSampleError as error:
                 bad.append(Bad(str(error.shard), error.key, error.reason))
                 last = error
         raise DataError(f"{MAX_BROKEN_IN_A_ROW} samples in a row cannot be used; the last one: {last}")
 
 
-def _draw(draws: Draws, position: int, again: str, stream: str) -> np.random.Generator:
-    return draws(position, stream + again)
+def _in_steps(making: Iterable[Iterator[int | Sample]]) -> list[Sample]:
+    """What `_sample` gives of each: many are made ready, then their pictures are decoded.
+
+    Code and memory of either step then stay in the processor's caches: of a small picture's time a sixteenth.
+    """
+    samples: list[Sample] = []
+    waiting: list[Iterator[int | Sample]] = []
+    held = 0
+    for each in making:
+        held += cast(int, next(each))
+        waiting.append(each)
+        if held > HELD:
+            samples += [_sample_of(ready) for ready in waiting]
+            waiting, held = [], 0
+    return samples + [_sample_of(ready) for ready in waiting]
+
+
+def _sample_of(making: Iterator[int | Sample]) -> Sample:
+    return next(made for made in making if isinstance(made, Sample))
 
 
 def check_shapes(views: Mapping[str, Views], inputs: Inputs) -> None:

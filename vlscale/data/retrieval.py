@@ -18,7 +18,7 @@ from vlscale.data.decode import Crop, Pixels
 from vlscale.data.frames import Frames
 from vlscale.data.masking import Ids
 from vlscale.data.phrases import Texts
-from vlscale.data.samples import MAX_CAPTIONS, BrokenSampleError, crops
+from vlscale.data.samples import MAX_CAPTIONS, BrokenSampleError, Picture
 from vlscale.data.shards import Shards
 from vlscale.data.text import Tokenizer
 from vlscale.types import Inputs, Text, Visual
@@ -72,12 +72,10 @@ def _retrieval_batch(
     rows: list[tuple[Ids, None]] = []
     owner: list[int] = []
 
-    def whole(height: int, width: int) -> list[Crop]:
-        return [Crop(0, 0, height, width, (size, size))]
-
     for i in pictures:
         try:
-            phrases, (shown,) = texts(i), crops(shards, i, whole)
+            phrases, picture = texts(i), Picture(shards, i)
+            (shown,) = picture.crops([Crop(0, 0, picture.height, picture.width, (size, size))])
         except BrokenSampleError:
             continue
         index.append(i)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlscale.data import regions as region_data
 from vlscale.data.clip_windows import Timed
@@ -29,7 +29,6 @@ MAX_REASON = 300  # characters; a reason may quote what was found
 PICTURE_FIELDS = tuple(f"{number}{end}" for number in ("", "0.") for end in ("jpg", "jpeg", "png", "webp"))
 CLIP_FIELDS = ("mp4", "gif", "webm")
 FRAME_FIELD, WORD_FIELD = "frames.npz", "visual_words.npz"
-T = TypeVar("T")
 
 
 class BrokenSampleError(DataError):
@@ -67,34 +66,49 @@ def picture_field(fields: Collection[str]) -> str | None:
     return None
 
 
+class Picture:
+    """The picture of a sample, read but not decoded. What is wrong with it is a BrokenSampleError."""
+
+    def __init__(self, shards: Shards, i: int, max_pixels: int = MAX_PIXELS) -> None:
+        """BrokenSampleError if sample `i` has none, or none of a known kind with at most `max_pixels`."""
+        self._shards, self._number = shards, i
+        sizes = shards.sizes(i)
+        field = picture_field(sizes)
+        if field is None:
+            raise self._broken(f"has no picture (jpg, png or webp) but {', '.join(sizes)}")
+        self._field = field
+        try:
+            _check_sizes({field: sizes[field]}, MAX_MEMBER_BYTES)
+            self.size = sizes[field]  # bytes
+            self._encoded = Encoded(shards.read(i, (field,))[field], max_pixels)
+        except ValueError as error:
+            raise self._undecodable(error) from error
+        self.height, self.width = self._encoded.height, self._encoded.width  # pixels
+
+    def whole(self) -> Pixels:
+        """uint8 RGB [H, W, 3]: see `Encoded.whole`."""
+        try:
+            return self._encoded.whole()
+        except ValueError as error:
+            raise self._undecodable(error) from error
+
+    def crops(self, wanted: Sequence[Crop], into: Sequence[Pixels | None] = ()) -> list[Pixels]:
+        """uint8 RGB [*size, 3] of every crop: see `Encoded.crops`."""
+        try:
+            return self._encoded.crops(wanted, into)
+        except ValueError as error:
+            raise self._undecodable(error) from error
+
+    def _undecodable(self, error: ValueError) -> BrokenSampleError:
+        return self._broken(f"the picture in '{self._field}' cannot be decoded: {error}")
+
+    def _broken(self, reason: str) -> BrokenSampleError:
+        return BrokenSampleError(self._shards.shard(self._number), self._shards.key(self._number), reason)
+
+
 def picture(shards: Shards, i: int) -> Pixels:
     """The picture of sample `i`, uint8 RGB [H, W, 3]; BrokenSampleError if missing or undecodable."""
-    return _picture(shards, i, MAX_PIXELS, Encoded.whole)
-
-
-def crops(
-    shards: Shards,
-    i: int,
-    wanted: Callable[[int, int], Sequence[Crop]],
-    max_pixels: int = MAX_PIXELS,
-    into: Sequence[Pixels | None] = (),
-) -> list[Pixels]:
-    """What is wanted of the picture of sample `i`, once its height and width are known: see `Encoded.crops`."""
-    return _picture(shards, i, max_pixels, lambda found: found.crops(wanted(found.height, found.width), into))
-
-
-def _picture(shards: Shards, i: int, max_pixels: int, use: Callable[[Encoded], T]) -> T:
-    sizes = shards.sizes(i)
-    field = picture_field(sizes)
-    if field is None:
-        reason = f"has no picture (jpg, png or webp) but {', '.join(sizes)}"
-        raise BrokenSampleError(shards.shard(i), shards.key(i), reason)
-    try:
-        _check_sizes({field: sizes[field]}, MAX_MEMBER_BYTES)
-        return use(Encoded(shards.read(i, (field,))[field], max_pixels))
-    except ValueError as error:
-        reason = f"the picture in '{field}' cannot be decoded: {error}"
-        raise BrokenSampleError(shards.shard(i), shards.key(i), reason) from error
+    return Picture(shards, i).whole()
 
 
 def regions(shards: Shards, i: int, inputs: Inputs, wanted: frozenset[str]) -> Regions:

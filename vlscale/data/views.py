@@ -72,7 +72,7 @@ class VisualView:
         return tuple(operation for operation in listed if operation is not None)
 
     def __call__(self, pixels: Pixels, rng: Generator) -> Pixels:
-        """The part [h, w, 3] changed."""
+        """The part [h, w, 3] changed, in its own memory or another."""
         for operation in self.changes:
             pixels = operation(pixels, rng)
         return pixels
@@ -115,6 +115,11 @@ class TextView:
 
     def __post_init__(self) -> None:
         require(not (self.write and self.mask_tokens), "write", "left out beside mask_tokens; write.prob hides words")
+
+    @cached_property
+    def changes(self) -> bool:
+        """Whether it is anything but the caption as it is."""
+        return self != TextView()
 
     def __call__(self, ids: Ids, vocabulary: Vocabulary, rng: Generator) -> tuple[Ids, Ids | None]:
         """(ids [L], labels [L] or None where nothing is predicted)."""
