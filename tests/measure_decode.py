@@ -4,9 +4,9 @@ JPEG bytes in a tar to uint8 batches of 224 x 224, the same pictures and the sam
 of all processes of a side (utime and stime of its process tree), start-up left out. Every round of a side is a process
 of its own; rounds are interleaved; medians, and the least of either side, which a busy machine disturbs less. Without
 `--jpegs` pictures are drawn: noise of a 1/f spectrum, quality 85. With it they are put together of real ones until they
-have the size. Beside `plain` (resize of the whole picture),
-`crop` (random resized crop and flip) and `augment` (crop, flip, ALBEF's RandAugment) it tells how far our pixels are
-from Pillow's for the same crops, and how much the loader costs over its bare decoding.
+have the size. Beside `plain` (resize of the whole picture), `crop` (random resized crop and flip) and `augment` (crop,
+flip, ALBEF's RandAugment) it tells how far our pixels are from Pillow's for the same crops, and how much the loader
+costs over its bare decoding.
 
 Needs webdataset and Pillow.
 """

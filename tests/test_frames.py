@@ -388,6 +388,16 @@ def test_draws_depend_on_the_position_alone(tmp_path: Path) -> None:
     assert not torch.equal(first.visual["clean"].feats, other.visual["clean"].feats)
 
 
+def test_a_changed_view_leaves_the_frames_to_the_others() -> None:
+    """Views that show the same part of a clip are given the same frames."""
+    flip = parse({"visual.clean": {"flip": {"prob": 1.0}}}).visual["clean"].flip
+    given = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    before = given.copy()
+    shown = FrameView(flip=flip)(Frames(given), np.random.default_rng(0))
+    assert np.array_equal(shown.feats, before[:, :, ::-1])
+    assert np.array_equal(given, before)
+
+
 def test_a_crop_and_a_flip_are_the_same_in_all_frames() -> None:
     view = FrameView(
         random_crop=RandomCrop(), flip=parse({"visual.clean": {"flip": {"prob": 0.5}}}).visual["clean"].flip

@@ -16,8 +16,8 @@ from tests.slurm.submitted import events, follow, job_of, ranks, submit, tiny, u
 pytestmark = pytest.mark.slow
 NODES = ["--nodes", "4", "--time", "60"]
 WORDS = ["steps=300", "data.batch=32", "checkpoint.every=1000"]  # no checkpoint but those of the stops
-# Few enough steps for the second start to end within a minute: then Slurm tells a node that was lost once more to end
-# the step, which on one that is back is the second start's.
+# Few enough steps for the second start to end within a minute of the loss: one that ran longer was once cancelled by
+# Slurm on the node that was back, it seems by the order, sent again, to end the first start's step of the same number.
 OFTEN = ["steps=80", "data.batch=32", "checkpoint.every=5", "checkpoint.keep=1"]
 SAMPLES = "logging.sample_keys=true"
 
