@@ -37,6 +37,7 @@ class Machines:
     restart: int = 0
     gone: tuple[str, ...] = ()
     over: bool = False  # out of time
+    step_cancelled: bool = False  # the first start's
     goes_on: bool = False  # whatever the conductor was told
     queue: bool = True  # else started again at once
     refuses: str = ""
@@ -61,6 +62,9 @@ class Machines:
 
     def first(self, start: Start) -> First | None:
         return First(2, "Exited with exit code 4")
+
+    def cancelled(self, start: Start) -> bool:
+        return self.step_cancelled and start is self.starts[0]
 
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         return tuple(node for node in nodes if node in self.gone)
@@ -219,6 +223,13 @@ def test_it_shrinks_to_the_most_nodes_whose_batch_divides(
     assert machines.deeds == [f"keep {','.join(left)}"]
     assert verdicts(tmp_path) == ["again", "done"]
     assert records.starts(tmp_path / "slurm")[1]["lost"] == list(gone)
+
+
+def test_ranks_that_slurm_ended_alone_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machines = Machines([saving(tmp_path, 5, 137), 0], step_cancelled=True, queue=False)
+    assert conductor.run(job(tmp_path, nodes=4), machines) == 0
+    assert verdicts(tmp_path) == ["requeue", "done"]
+    assert "failed first" not in capsys.readouterr().out
 
 
 def test_a_lost_node_is_waited_for(tmp_path: Path) -> None:

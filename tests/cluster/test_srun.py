@@ -12,7 +12,7 @@ from tests.cluster.jobs import job
 from vlscale.cluster import queue, records
 from vlscale.cluster.conductor import Start
 from vlscale.cluster.options import JobOptions
-from vlscale.cluster.srun import First, command, first_to_fail
+from vlscale.cluster.srun import First, command, first_to_fail, was_cancelled
 from vlscale.errors import ConfigError
 
 SCRIPT_LINES = [
@@ -187,6 +187,23 @@ def test_ranks_on_cpus_ask_for_no_gpu(tmp_path: Path) -> None:
 def test_who_failed_first(said: str, first: First | None) -> None:
     """Each text was printed by Slurm 22.05."""
     assert first_to_fail(said) == first
+
+
+ABORTED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n"
+KILLED = "srun: error: node1: tasks 0-1: Killed\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "cancelled"),
+    [
+        ("", False),
+        (ABORTED + KILLED, True),
+        (KILLED + "srun: Force Terminated StepId=3451.0\n", False),  # the ranks alone, by anybody
+        ("srun: error: node2: task 2: Exited with exit code 1\n" + ABORTED + KILLED, False),  # by us, for that one
+    ],
+)
+def test_whether_slurm_ended_the_step(said: str, cancelled: bool) -> None:
+    assert was_cancelled(said) == cancelled
 
 
 # --- what a job leaves ---

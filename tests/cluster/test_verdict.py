@@ -9,6 +9,7 @@ import pytest
 from vlscale.cluster.verdict import Ended, Left, judge, meaning
 
 TOLD, LIMIT, LOST, STUCK = {"ending": "other"}, {"ending": "limit"}, {"lost": ("node3",)}, {"headway": False}
+CANCELLED = {"cancelled": True}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,10 @@ TOLD, LIMIT, LOST, STUCK = {"ending": "other"}, {"ending": "limit"}, {"lost": ("
         (75, {**LIMIT, **STUCK}, "failed"),
         (137, LIMIT, "requeue"),  # killed before it had saved
         (137, {**LIMIT, **STUCK}, "failed"),
+        # the step was cancelled, the job was not
+        (137, CANCELLED, "requeue"),
+        (137, {**CANCELLED, **LOST}, "requeue"),
+        (137, {**CANCELLED, **STUCK}, "failed"),
         # a node lost
         *((code, LOST, "requeue") for code in (1, 4, 75, 137)),
         (137, {**LOST, **STUCK}, "requeue"),  # what no checkpoint helps against
@@ -54,7 +59,9 @@ def test_a_lost_node_ends_it_where_that_was_asked_for(how: dict[str, Any]) -> No
     assert (verdict.then, verdict.why) == ("failed", "lost node3, and --on_node_loss end was given")
 
 
-@pytest.mark.parametrize("ended", [Ended(75), Ended(75, **LIMIT), Ended(137, **LIMIT), Ended(137, **LOST)])
+@pytest.mark.parametrize(
+    "ended", [Ended(75), Ended(75, **LIMIT), *(Ended(137, **how) for how in (LIMIT, LOST, CANCELLED))]
+)
 def test_no_requeue_left(ended: Ended) -> None:
     assert judge(ended, Left(1, 3, "replace")).why.endswith("back into the queue, 0 more time(s) allowed")
     for left in (0, -1):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 NODES = ["--nodes", "4", "--time", "60"]
 WORDS = ["steps=300", "data.batch=32", "checkpoint.every=1000"]  # no checkpoint but those of the stops
 # Few enough steps for the second start to end within a minute of the loss: one that ran longer was once cancelled by
-# Slurm on the node that was back, it seems by the order, sent again, to end the first start's step of the same number.
+# Slurm on the node that was back, and there would be three.
 OFTEN = ["steps=80", "data.batch=32", "checkpoint.every=5", "checkpoint.keep=1"]
 SAMPLES = "logging.sample_keys=true"
 
@@ -75,6 +75,18 @@ def often(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     runs.run_whole(4, out, *OFTEN)
     return runs.figures(out)
+
+
+@pytest.mark.timeout(600)
+def test_ranks_that_slurm_ends_alone_start_again(slurm: Cluster, tmp_path: Path, often: list[dict[str, Any]]) -> None:
+    out = tmp_path / "run"
+    with follow(slurm, *NODES, "--follow", *tiny(out, *OFTEN)) as following:
+        until(lambda: runs.last_step(out) >= 8, timeout=200)
+        slurm.run("scancel", f"{job_of(out)}.0")
+        said = following.communicate(timeout=300)[0]
+    assert following.returncode == 0, said
+    assert ended(out) == [(137, "requeue"), (0, "done")], said
+    assert runs.figures(out) == often
 
 
 @pytest.mark.timeout(600)

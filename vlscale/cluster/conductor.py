@@ -72,6 +72,10 @@ class Machines(Protocol):
         """Which rank failed first, if that can be told."""
         ...
 
+    def cancelled(self, start: Start) -> bool:
+        """Whether the scheduler has ended the ranks, none of which had failed before, and not the job."""
+        ...
+
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """Which of them are gone: by what Slurm knows, and if `ask` is given by asking each."""
         ...
@@ -188,11 +192,12 @@ class _Conductor:
         code, ending = self._wait(machines.begin(start))
         lost = () if code in (0, STOPPED) and not ending else machines.lost(nodes, ask=not ending)
         after = records.last_checkpoint(Path(job.out))
-        ended = Ended(code, lost, ending, self._headway(before, after))
+        cancelled = code not in (0, STOPPED) and not ending and machines.cancelled(start)
+        ended = Ended(code, lost, ending, cancelled, self._headway(before, after))
         left = tuple(node for node in nodes if node not in lost)
         usable = left[: job.fewer(len(left))]
         verdict = judge(ended, Left(job.options.requeue - machines.restart, len(usable), job.options.on_node_loss))
-        first = machines.first(start) if code not in (0, STOPPED) and not lost else None
+        first = machines.first(start) if code not in (0, STOPPED) and not (lost or cancelled) else None
         if first is not None:
             self._show(first, start)
         self.say(f"start {began} ended with {code} after {time.monotonic() - since:.0f} s: {verdict.why}")

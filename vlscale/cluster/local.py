@@ -61,6 +61,10 @@ class Here:
         failed = [First(rank, f"exit code {code}") for rank, code in enumerate(codes) if code not in (0, 75)]
         return next((each for each in failed if codes[each.rank] != 1), next(iter(failed), None))
 
+    def cancelled(self, start: Start) -> bool:
+        """Never: there is no scheduler."""
+        return False
+
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """None: we are here."""
         return ()

@@ -25,7 +25,8 @@ NOTICE = 900  # seconds for Slurm to notice that a node is gone; its SlurmdTimeo
 AWAY, PAUSE = 1800, 10  # seconds for Slurm's controller to come back, and between two questions
 WORDS = "srun.txt"  # what srun says
 TASK = re.compile(r"(?:error: )?\S+: tasks? (\d+)[\d,-]*: (.+)")
-ENDED = re.compile("forcing job termination|Terminating StepId|Job step aborted|CANCELLED AT")  # tasks, by others
+CANCELLED = "Job step aborted"
+ENDED = re.compile(f"forcing job termination|Terminating StepId|{CANCELLED}|CANCELLED AT")  # tasks, by others
 
 
 def conduct(file: str) -> NoReturn:
@@ -60,6 +61,10 @@ class Allocation:
     def first(self, start: Start) -> First | None:
         """By what srun said of its tasks."""
         return first_to_fail(_read(start.logs / WORDS))
+
+    def cancelled(self, start: Start) -> bool:
+        """By what srun said: a task's failure comes before the end of a step that ends for it."""
+        return was_cancelled(_read(start.logs / WORDS))
 
     def lost(self, nodes: Sequence[str], ask: bool) -> tuple[str, ...]:
         """Those that Slurm would not give any more; if asked, those on which nothing starts."""
@@ -192,6 +197,12 @@ def first_to_fail(said: str) -> First | None:
     failed = [each for each in found if not each.said.endswith("exit code 75")]
     causes = [each for each in failed if not each.said.endswith("exit code 1")]
     return next(iter(causes or failed), None)
+
+
+def was_cancelled(said: str) -> bool:
+    """Whether srun says that Slurm has ended its step, before it says of any task that it ended."""
+    before, cancelled, _ = said.partition(CANCELLED)
+    return bool(cancelled) and not TASK.search(before)
 
 
 def _read(path: Path) -> str:

@@ -22,6 +22,7 @@ class Ended:
     code: int  # 0, one of ours, or 128 + the signal that ended a rank
     lost: tuple[str, ...] = ()  # nodes that do not answer any more
     ending: Ending = ""  # other: it was cancelled, or is preempted and put back
+    cancelled: bool = False  # the scheduler has ended the ranks alone, not the job
     headway: bool = True  # it came further than the start before it
 
 
@@ -60,6 +61,8 @@ def judge(ended: Ended, left: Left) -> Verdict:
         return Verdict("stopped", f"{saved}: it was cancelled, or is put back into the queue by Slurm")
     if ended.code == STOPPED:
         return _back("saved and stopped" + (" at the time limit" if ended.ending else ""), ended, left)
+    if ended.cancelled and not ended.lost:
+        return _back("Slurm ended the ranks, but not the job", ended, left)
     if ended.code in HOPELESS or not (ended.lost or ended.ending):
         return Verdict("failed", f"the ranks ended with {ended.code}")
     what = f"lost {', '.join(ended.lost)}" if ended.lost else f"ended with {ended.code} at the time limit"
