@@ -1,4 +1,4 @@
-"""What needs a CUDA device: `pytest -m gpu tests/gpu` runs all of it, and skips all of it without one."""
+"""What needs a CUDA device: `pytest -m gpu -n 0 tests/gpu` runs all of it, and skips all of it without one."""
 
 from __future__ import annotations
 
