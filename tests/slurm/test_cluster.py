@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -69,10 +70,16 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_daemons_end_with_a_process_that_was_killed(tmp_path: Path) -> None:
-    (tmp_path / "clusters").mkdir()
+@pytest.fixture
+def clusters() -> Iterator[Path]:
+    """A folder for clusters whose name leaves room for the names of their sockets, at most 107 letters."""
+    with tempfile.TemporaryDirectory(prefix="clusters-") as folder:
+        yield Path(folder)
+
+
+def test_daemons_end_with_a_process_that_was_killed(tmp_path: Path, clusters: Path) -> None:
     command = [sys.executable, "-m", "tests.slurm", "--nodes=1", "--", "bash", "-c", f"touch {tmp_path / 'up'}; cat"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "clusters")}
+    environment = {**os.environ, "TMPDIR": str(clusters)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as program:
         try:
             until((tmp_path / "up").exists, 60)
@@ -81,16 +88,16 @@ def test_daemons_end_with_a_process_that_was_killed(tmp_path: Path) -> None:
             program.kill()
     assert len(below) >= 12  # five machines, their daemons, bash and cat
     assert not psutil.wait_procs(below, timeout=20)[1]
-    assert not list((tmp_path / "clusters").iterdir())
+    assert not list(clusters.iterdir())
 
 
-def test_a_daemon_that_dies_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_daemon_that_dies_says_why(monkeypatch: pytest.MonkeyPatch, clusters: Path) -> None:
     wrong = SLURM_CONF.replace("SchedulerType=sched/backfill", "SchedulerType=sched/by_colour")
     monkeypatch.setattr("tests.slurm.cluster.SLURM_CONF", wrong)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(clusters))
     with pytest.raises(ClusterError, match=r"^slurmctld does not work; it said: .*fatal"), Cluster(nodes=1):
         pass
-    assert not list(tmp_path.iterdir())
+    assert not list(clusters.iterdir())
 
 
 def until(true: Callable[[], object], timeout: float = 30) -> None:
