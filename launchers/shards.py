@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from vlscale.data.looking.inspect import Problem
     from vlscale.data.making.write import Layout, Written
 
-INTERRUPTED, UNHEARD = 130, 141  # as shells say of Ctrl-C and of a closed pipe
+INTERRUPTED = 130  # as shells say of Ctrl-C
 SHOWN = 10  # problems that are printed; the JSON names more
 
 
@@ -293,12 +292,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
         try:
             with _interruptible():
-                code = COMMANDS[argv[0]](argv[1:])
-                sys.stdout.flush()
-                return code
-        except BrokenPipeError:  # whoever reads what is printed has heard enough: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return UNHEARD
+                return COMMANDS[argv[0]](argv[1:])
         except KeyboardInterrupt:
             goes_on = (
                 "; the same command goes on after the shards that are whole" if argv[0] in ("make", "frames") else ""

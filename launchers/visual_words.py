@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,8 +24,6 @@ from vlscale.errors import DONE, STOPPED, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from vlscale.data.shards import Shards
-
-UNHEARD = 141  # as shells say of a closed pipe
 
 
 def grow(argv: list[str]) -> int:
@@ -122,12 +119,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"no command '{argv[0]}'{did_you_mean(argv[0], COMMANDS)}")
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            code = COMMANDS[argv[0]](argv[1:])
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:  # whoever reads what is printed has heard enough: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return UNHEARD
+            return COMMANDS[argv[0]](argv[1:])
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on after what is whole", file=sys.stderr)
             return STOPPED

@@ -49,6 +49,28 @@ def test_a_command_ends_at_once(body: str, code: int, says: str, tmp_path: objec
 
 
 @pytest.mark.parametrize(
+    ("body", "code", "traceback"),
+    [
+        ("for n in range(100_000): print(n)", 141, False),
+        ("print(0); time.sleep(1); return 0", 141, False),  # noticed at the end
+        ("sys.stdout = sys.stderr; raise BrokenPipeError('of a worker')", 1, True),
+    ],
+)
+def test_what_nobody_reads_ends_without_a_word(body: str, code: int, traceback: bool) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(body=body)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.close()
+        said = program.stderr.read().decode()
+    assert program.returncode == code, said
+    assert ("Traceback" in said) == traceback
+    assert traceback or not said
+
+
+@pytest.mark.parametrize(
     ("error", "ranks", "expected"),
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), 2, True),

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 STORE_KEYS = tuple(f"data.{name}" for name in ("cache", "cache_gigabytes", "store_patience", "store_timeout", "pipe"))
 CONSEQUENCE = 10.0  # seconds for the launcher to learn which rank ended first
+UNHEARD = 141  # as shells say of a closed pipe
 FAREWELL = 10.0  # seconds for leaving the process group, which may hang
 LOST = re.compile("[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|communicator was aborted")
 
@@ -115,25 +117,37 @@ def run(main: Callable[[list[str]], int], argv: list[str], *, ranks: bool = Fals
     """Call `main` and end the process with what it returns. `ranks`: tasks that srun starts are ranks of one run.
 
     A `VlscaleError` becomes one sentence on stderr and its exit code; any other exception is a mistake of ours, with
-    its traceback and exit code 1. A rank that fails because another one has ended lets that one speak first.
+    its traceback and exit code 1. A rank that fails because another one has ended lets that one speak first. What
+    prints more than somebody wants to read (`| head`) ends without a word.
     """
     os.umask(os.umask(0o077) | 0o002)  # nothing that we write is writable by everybody
     try:
         if ranks:
             environment.adopt()
         code = main(argv)
+        sys.stdout.flush()
     except VlscaleError as error:
         _say_once(error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130  # as a shell shows it
     except Exception as error:
-        if not (_is_consequence(error) and _others_speak(error)):
-            sys.excepthook(type(error), error, error.__traceback__)
         code = 1
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = UNHEARD
+        elif not (_is_consequence(error) and _others_speak(error)):
+            sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
     _leave(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed goes nowhere: another pipe may have broken."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # an end that is gone is told anyway
+    return bool(output.poll(0))
 
 
 def _say_once(error: VlscaleError) -> None:
