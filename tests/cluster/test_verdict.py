@@ -33,6 +33,7 @@ CANCELLED = {"cancelled": True}
         (137, CANCELLED, "requeue"),
         (137, {**CANCELLED, **LOST}, "requeue"),
         (137, {**CANCELLED, **STUCK}, "failed"),
+        *((code, CANCELLED, "failed") for code in (2, 3, 5)),
         # a node lost
         *((code, LOST, "requeue") for code in (1, 4, 75, 137)),
         (137, {**LOST, **STUCK}, "requeue"),  # what no checkpoint helps against

@@ -61,11 +61,11 @@ def judge(ended: Ended, left: Left) -> Verdict:
         return Verdict("stopped", f"{saved}: it was cancelled, or is put back into the queue by Slurm")
     if ended.code == STOPPED:
         return _back("saved and stopped" + (" at the time limit" if ended.ending else ""), ended, left)
-    if ended.cancelled and not ended.lost:
-        return _back("Slurm ended the ranks, but not the job", ended, left)
-    if ended.code in HOPELESS or not (ended.lost or ended.ending):
+    if ended.code in HOPELESS or not (ended.lost or ended.ending or ended.cancelled):
         return Verdict("failed", f"the ranks ended with {ended.code}")
-    what = f"lost {', '.join(ended.lost)}" if ended.lost else f"ended with {ended.code} at the time limit"
+    what = f"ended with {ended.code} at the time limit" if ended.ending else "Slurm ended the ranks, but not the job"
+    if ended.lost:
+        what = f"lost {', '.join(ended.lost)}"
     if ended.lost and left.on_node_loss == "end":
         return Verdict("failed", f"{what}, and --on_node_loss end was given")
     if ended.lost and left.on_node_loss == "shrink" and left.nodes:
